@@ -1,1 +1,1 @@
-
+"""Model families, the front/back split, graphs from diffusers modules, layer calibration."""

@@ -1,0 +1,182 @@
+"""Attention processors that replace those of diffusers' blocks while a graph is made.
+
+Replaces: diffusers' processors, whose RoPE is complex-valued or laid out for one batch entry, and
+which give no access to queries and keys. Everything else of a block stays diffusers' own.
+
+Limits: no attention mask (masked text tokens are removed before FRONT, which is exact).
+Trade-off: RoPE tables stay float32 and only the product is cast back; angles in bfloat16 ruin the
+picture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ditrim.plugins.log_sum_exp import influence, reference_column_sums
+
+
+@dataclass(slots=True, kw_only=True)
+class JointContext:
+    """What a graph hands through diffusers' blocks in the place of `image_rotary_emb`.
+
+    T text, G noisy and C reference tokens, in this order in the joint sequence of N tokens.
+
+    Attributes:
+        rope_cos, rope_sin: (B, N, D/2) float32.
+        num_text, num_noisy: T and G.
+        score_rows: (R,) int64, noisy rows that a scoring layer scores; none if nothing is scored.
+        influences: one (B, C) float32 a scoring layer, in layer order (ToPi Eq. 9).
+        sensitivities: one (B,) float32 a measured layer (ToPi Eq. 4, one sample's sum).
+        as_onnx_node: score with ONNX nodes rather than by computing.
+    """
+
+    rope_cos: Tensor
+    rope_sin: Tensor
+    num_text: int
+    num_noisy: int
+    score_rows: Tensor | None = None
+    influences: list[Tensor] = field(default_factory=list)
+    sensitivities: list[Tensor] = field(default_factory=list)
+    as_onnx_node: bool = False
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, as_onnx_node: bool) -> Tensor:
+    """Rotate consecutive pairs of channels, in float32.
+
+    Args:
+        x: (B, L, H, D).
+        cos, sin: (B, L, D/2) float32.
+        as_onnx_node: emit the standard `RotaryEmbedding` operator.
+
+    Returns:
+        (B, H, L, D), dtype of `x`.
+    """
+    x = x.transpose(1, 2)  # (B, L, H, D) -> (B, H, L, D)
+    if as_onnx_node:
+        rotated = torch.onnx.ops.rotary_embedding(x.float(), cos, sin, interleaved=True)
+        return rotated.to(x.dtype)
+    pairs = x.float().unflatten(-1, (-1, 2))  # (B, H, L, D/2, 2)
+    first, second = pairs.unbind(-1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # (B, 1, L, D/2)
+    rotated = torch.stack((first * cos - second * sin, first * sin + second * cos), dim=-1)
+    return rotated.flatten(-2).to(x.dtype)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, context: JointContext, role: str) -> Tensor:
+    """Joint attention with RoPE, and this layer's score if it has a role.
+
+    Args:
+        query, key, value: (B, N, H, D), after QK-norm.
+        context: see `JointContext`.
+        role: "plain", "score" (append an influence) or "measure" (append a sensitivity).
+
+    Returns:
+        (B, N, H * D).
+    """
+    node = context.as_onnx_node
+    query = apply_rope(query, context.rope_cos, context.rope_sin, as_onnx_node=node)
+    key = apply_rope(key, context.rope_cos, context.rope_sin, as_onnx_node=node)
+    value = value.transpose(1, 2)  # (B, N, H, D) -> (B, H, N, D)
+    output = F.scaled_dot_product_attention(query, key, value)
+    start, end = context.num_text, context.num_text + context.num_noisy
+    if role != "plain" and context.score_rows is not None:
+        scale = query.shape[-1] ** -0.5
+        rows = query[:, :, start:end].index_select(2, context.score_rows)
+        if role == "score":
+            scores = influence(
+                rows, key, key[:, :, end:], value[:, :, end:], scale, as_onnx_node=node
+            )
+            context.influences.append(scores)
+        else:
+            received = reference_column_sums(rows, key, key[:, :, end:], scale)
+            context.sensitivities.append(received.sum(dim=(1, 2)))
+    return output.transpose(1, 2).flatten(2)  # (B, H, N, D) -> (B, N, H * D)
+
+
+class QwenProcessor:
+    """Joint attention of a Qwen-Image block, in the order [text; noisy; reference]."""
+
+    def __init__(self, role: str = "plain") -> None:
+        self.role = role
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: JointContext | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        assert image_rotary_emb is not None
+        assert encoder_hidden_states_mask is None
+        assert attention_mask is None
+        head_dim = attn.inner_dim // attn.heads
+
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (-1, head_dim))  # (B, L, H * D) -> (B, L, H, D)
+
+        query = torch.cat(
+            [
+                attn.norm_added_q(heads(attn.add_q_proj(encoder_hidden_states))),
+                attn.norm_q(heads(attn.to_q(hidden_states))),
+            ],
+            dim=1,
+        )
+        key = torch.cat(
+            [
+                attn.norm_added_k(heads(attn.add_k_proj(encoder_hidden_states))),
+                attn.norm_k(heads(attn.to_k(hidden_states))),
+            ],
+            dim=1,
+        )
+        value = torch.cat(
+            [heads(attn.add_v_proj(encoder_hidden_states)), heads(attn.to_v(hidden_states))], dim=1
+        )
+        output = attend(query, key, value, image_rotary_emb, self.role)
+        text, image = output[:, : image_rotary_emb.num_text], output[:, image_rotary_emb.num_text :]
+        return attn.to_out[0](image), attn.to_add_out(text)
+
+
+class FluxProcessor:
+    """Joint attention of a FLUX.1 double-stream or single-stream block."""
+
+    def __init__(self, role: str = "plain") -> None:
+        self.role = role
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: JointContext | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        assert image_rotary_emb is not None
+        assert attention_mask is None
+
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (-1, attn.head_dim))  # (B, L, H * D) -> (B, L, H, D)
+
+        query = attn.norm_q(heads(attn.to_q(hidden_states)))
+        key = attn.norm_k(heads(attn.to_k(hidden_states)))
+        value = heads(attn.to_v(hidden_states))
+        if encoder_hidden_states is None:  # single stream: the caller has joined text and image
+            return attend(query, key, value, image_rotary_emb, self.role)
+        text_query = attn.norm_added_q(heads(attn.add_q_proj(encoder_hidden_states)))
+        text_key = attn.norm_added_k(heads(attn.add_k_proj(encoder_hidden_states)))
+        text_value = heads(attn.add_v_proj(encoder_hidden_states))
+        output = attend(
+            torch.cat([text_query, query], dim=1),
+            torch.cat([text_key, key], dim=1),
+            torch.cat([text_value, value], dim=1),
+            image_rotary_emb,
+            self.role,
+        )
+        text, image = output[:, : image_rotary_emb.num_text], output[:, image_rotary_emb.num_text :]
+        return attn.to_out[0](image), attn.to_add_out(text)

@@ -1,0 +1,331 @@
+"""FRONT and BACK: a diffusers transformer cut in two after its first K blocks (ToPi Alg. 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ditrim.export.attention import FluxProcessor, JointContext, QwenProcessor
+from ditrim.plugins.errors import UsageError
+
+PROCESSORS = {"qwen": QwenProcessor, "flux": FluxProcessor}
+
+
+def architecture_of(transformer: nn.Module) -> str:
+    """ "qwen" or "flux".
+
+    Raises:
+        UsageError: the transformer is of another class.
+    """
+    known = {"QwenImageTransformer2DModel": "qwen", "FluxTransformer2DModel": "flux"}
+    for base in type(transformer).__mro__:
+        if base.__name__ in known:
+            return known[base.__name__]
+    raise UsageError(
+        f"{type(transformer).__name__} is not a transformer that can be split; "
+        f"known: {', '.join(known)}"
+    )
+
+
+def blocks_of(transformer: Any) -> list[nn.Module]:
+    """Blocks in the order of ToPi's layer indices: FLUX counts double-stream blocks first."""
+    blocks = list(transformer.transformer_blocks)
+    if architecture_of(transformer) == "flux":
+        blocks += list(transformer.single_transformer_blocks)
+    return blocks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitPoint:
+    """Where a transformer is cut and which layers score.
+
+    Attributes:
+        num_layers: blocks in all.
+        front_depth: K; blocks [0, K) are FRONT.
+        representative_layers: L, each in [K, num_layers).
+    """
+
+    num_layers: int
+    front_depth: int
+    representative_layers: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.front_depth < self.num_layers:
+            raise UsageError(
+                f"front depth {self.front_depth} is not in [0, {self.num_layers}): the model has "
+                f"{self.num_layers} layers and BACK needs at least one of them"
+            )
+        if not self.representative_layers:
+            raise UsageError("no representative layers given; name at least one layer of BACK")
+        if list(self.representative_layers) != sorted(set(self.representative_layers)):
+            raise UsageError(
+                f"representative layers {self.representative_layers} must increase and not repeat"
+            )
+        for layer in self.representative_layers:
+            if not self.front_depth <= layer < self.num_layers:
+                raise UsageError(
+                    f"representative layer {layer} is not in [{self.front_depth}, "
+                    f"{self.num_layers}), the layers of BACK; lower the front depth or choose "
+                    "another layer (calibrate-layers measures them)"
+                )
+
+
+@contextmanager
+def processors_installed(
+    transformer: nn.Module, roles: dict[int, str] | None = None
+) -> Iterator[None]:
+    """Give every block this package's attention processor; put the old ones back at the end.
+
+    Args:
+        transformer: a diffusers transformer.
+        roles: layer index -> "score" or "measure"; the others are "plain".
+    """
+    make = PROCESSORS[architecture_of(transformer)]
+    blocks: list[Any] = blocks_of(transformer)
+    before = [block.attn.processor for block in blocks]
+    paired = [block for block in blocks if getattr(block, "zero_cond_t", False)]
+    try:
+        for layer, block in enumerate(blocks):
+            block.attn.processor = make((roles or {}).get(layer, "plain"))
+        for block in paired:
+            block.zero_cond_t, block._modulate = False, modulate_pair
+        yield
+    finally:
+        for block, processor in zip(blocks, before, strict=True):
+            block.attn.processor = processor
+        for block in paired:
+            block.zero_cond_t = True
+            del block._modulate
+
+
+def modulate_pair(
+    x: Tensor, mod_params: Tensor, index: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`_modulate` of a block with `zero_cond_t`, for time embeddings stacked as (B, 2, d).
+
+    diffusers stacks the two along the batch and splits a batch of unknown size again, which has no
+    plain ONNX form.
+
+    Args:
+        x: (B, L, d).
+        mod_params: (B, 2, 3 d) shift, scale and gate at [t, 0].
+        index: (L, 1) bool, whether a token is modulated as at t = 0; none means that none is.
+
+    Returns:
+        the modulated x, and the gates (B, L or 1, d).
+    """
+    at_t, at_zero = mod_params[:, :1], mod_params[:, 1:]  # (B, 1, 3 d)
+    chosen = at_t if index is None else torch.where(index, at_zero, at_t)
+    shift, scale, gate = chosen.chunk(3, dim=-1)
+    return x * (1 + scale) + shift, gate
+
+
+def run_blocks(
+    architecture: str,
+    blocks: Sequence[nn.Module],
+    hidden: Tensor,
+    text: Tensor,
+    temb: Tensor,
+    reference_temb: Tensor | None,
+    context: JointContext,
+) -> tuple[Tensor, Tensor]:
+    """Run diffusers' own blocks over [noisy; reference] and text.
+
+    Args:
+        hidden: (B, G + C, d); text: (B, T, d); temb: (B, d).
+        reference_temb: (B, d), the modulation of reference tokens in models with `zero_cond_t`.
+        context: see `JointContext`.
+
+    Returns:
+        hidden, text.
+    """
+    if architecture == "flux":
+        for block in blocks:
+            text, hidden = block(
+                hidden_states=hidden,
+                encoder_hidden_states=text,
+                temb=temb,
+                image_rotary_emb=context,
+            )
+        return hidden, text
+    is_reference = None
+    if reference_temb is not None:  # see modulate_pair
+        temb = torch.stack([temb, reference_temb], dim=1)
+        positions = torch.arange(hidden.shape[1], device=hidden.device)
+        is_reference = (positions >= context.num_noisy)[:, None]
+    for block in blocks:
+        text, hidden = block(
+            hidden_states=hidden,
+            encoder_hidden_states=text,
+            encoder_hidden_states_mask=None,
+            temb=temb,
+            image_rotary_emb=context,
+            modulate_index=is_reference,
+        )
+    return hidden, text
+
+
+def join_rope(text: Tensor, noisy: Tensor, reference: Tensor) -> Tensor:
+    """(T, D/2), (G, D/2) and (B, C, D/2) -> (B, T + G + C, D/2)."""
+    shared = torch.cat([text, noisy], dim=0).expand(reference.shape[0], -1, -1)
+    return torch.cat([shared, reference], dim=1)
+
+
+class _Graph(nn.Module):
+    """What FRONT and BACK share. Holds the transformer's modules, not copies of them."""
+
+    def __init__(self, transformer: Any, *, as_onnx_node: bool) -> None:
+        super().__init__()
+        self.architecture = architecture_of(transformer)
+        self.as_onnx_node = as_onnx_node
+        self.has_reference_temb = bool(getattr(transformer, "zero_cond_t", False))
+        self.has_guidance = bool(transformer.config.guidance_embeds)
+        if getattr(transformer.config, "use_additional_t_cond", False) or getattr(
+            transformer.config, "use_layer3d_rope", False
+        ):
+            raise UsageError(
+                "this is a layered Qwen-Image transformer (use_additional_t_cond or "
+                "use_layer3d_rope), which is not an in-context editor and is not supported"
+            )
+
+    def _context(self, rope: tuple[Tensor, ...], num_text: int, num_noisy: int) -> JointContext:
+        noisy_cos, noisy_sin, text_cos, text_sin, reference_cos, reference_sin = rope
+        return JointContext(
+            rope_cos=join_rope(text_cos, noisy_cos, reference_cos),
+            rope_sin=join_rope(text_sin, noisy_sin, reference_sin),
+            num_text=num_text,
+            num_noisy=num_noisy,
+            as_onnx_node=self.as_onnx_node,
+        )
+
+
+class FrontGraph(_Graph):
+    """Embeddings and blocks [0, K), always over the full context (ToPi Alg. 1, DiT_front).
+
+    See `front_input_names` and `front_output_names` for the tensors, in order.
+    """
+
+    def __init__(self, transformer: Any, point: SplitPoint, *, as_onnx_node: bool = False) -> None:
+        super().__init__(transformer, as_onnx_node=as_onnx_node)
+        self.time_text_embed = transformer.time_text_embed
+        if self.architecture == "qwen":
+            self.txt_norm = transformer.txt_norm
+            self.txt_in = transformer.txt_in
+            self.img_in = transformer.img_in
+        else:
+            self.context_embedder = transformer.context_embedder
+            self.x_embedder = transformer.x_embedder
+        self.blocks = nn.ModuleList(blocks_of(transformer)[: point.front_depth])
+
+    def embed(
+        self,
+        noisy_latents: Tensor,
+        reference_latents: Tensor,
+        text_embeds: Tensor,
+        timestep: Tensor,
+        guidance: Tensor | None,
+        pooled_text: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Hidden states of image and text, and the time embeddings (noisy, reference)."""
+        latents = torch.cat([noisy_latents, reference_latents], dim=1)  # (B, G + C, c)
+        if self.architecture == "flux":
+            # Timestep and guidance stay float32 up to the sinusoids: 1000 in bfloat16 is coarse.
+            arguments = [timestep.float() * 1000]
+            if guidance is not None:
+                arguments.append(guidance.float() * 1000)
+            temb = self.time_text_embed(*arguments, pooled_text)
+            return self.x_embedder(latents), self.context_embedder(text_embeds), temb, None
+        hidden = self.img_in(latents)
+        text = self.txt_in(self.txt_norm(text_embeds))
+        temb = self.time_text_embed(timestep.float(), hidden)
+        reference_temb = None
+        if self.has_reference_temb:
+            reference_temb = self.time_text_embed(timestep.float() * 0, hidden)
+        return hidden, text, temb, reference_temb
+
+    def forward(
+        self,
+        noisy_latents: Tensor,
+        reference_latents: Tensor,
+        text_embeds: Tensor,
+        timestep: Tensor,
+        guidance: Tensor | None,
+        pooled_text: Tensor | None,
+        noisy_rope_cos: Tensor,
+        noisy_rope_sin: Tensor,
+        text_rope_cos: Tensor,
+        text_rope_sin: Tensor,
+        reference_rope_cos: Tensor,
+        reference_rope_sin: Tensor,
+    ) -> tuple[Tensor, ...]:
+        hidden, text, temb, reference_temb = self.embed(
+            noisy_latents, reference_latents, text_embeds, timestep, guidance, pooled_text
+        )
+        num_noisy = noisy_latents.shape[1]
+        if len(self.blocks) > 0:
+            rope = (
+                noisy_rope_cos,
+                noisy_rope_sin,
+                text_rope_cos,
+                text_rope_sin,
+                reference_rope_cos,
+                reference_rope_sin,
+            )
+            context = self._context(rope, text_embeds.shape[1], num_noisy)
+            hidden, text = run_blocks(
+                self.architecture, self.blocks, hidden, text, temb, reference_temb, context
+            )
+        outputs = (hidden[:, :num_noisy], hidden[:, num_noisy:], text, temb)
+        return outputs if reference_temb is None else (*outputs, reference_temb)
+
+
+class BackGraph(_Graph):
+    """Blocks [K, N), the output layers and the score, at any reference length K' <= C.
+
+    See `back_input_names` and `back_output_names` for the tensors, in order.
+    """
+
+    def __init__(self, transformer: Any, point: SplitPoint, *, as_onnx_node: bool = False) -> None:
+        super().__init__(transformer, as_onnx_node=as_onnx_node)
+        self.blocks = nn.ModuleList(blocks_of(transformer)[point.front_depth :])
+        self.norm_out = transformer.norm_out
+        self.proj_out = transformer.proj_out
+
+    def forward(
+        self,
+        noisy: Tensor,
+        reference: Tensor,
+        text: Tensor,
+        temb: Tensor,
+        reference_temb: Tensor | None,
+        noisy_rope_cos: Tensor,
+        noisy_rope_sin: Tensor,
+        text_rope_cos: Tensor,
+        text_rope_sin: Tensor,
+        reference_rope_cos: Tensor,
+        reference_rope_sin: Tensor,
+        score_rows: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        rope = (
+            noisy_rope_cos,
+            noisy_rope_sin,
+            text_rope_cos,
+            text_rope_sin,
+            reference_rope_cos,
+            reference_rope_sin,
+        )
+        num_noisy = noisy.shape[1]
+        context = self._context(rope, text.shape[1], num_noisy)
+        context.score_rows = score_rows
+        hidden = torch.cat([noisy, reference], dim=1)  # (B, G + K', d)
+        hidden, _ = run_blocks(
+            self.architecture, self.blocks, hidden, text, temb, reference_temb, context
+        )
+        velocity = self.proj_out(self.norm_out(hidden[:, :num_noisy], temb))
+        influence = torch.stack(context.influences).sum(dim=0)  # (L, B, K') -> (B, K')
+        return velocity, influence

@@ -1,0 +1,115 @@
+"""`ditrim::LogSumExp` as a model-local ONNX function, so that no runtime needs a custom library.
+
+Replaces: a custom-op library. Limits: standard operators of opset 23 only. Trade-off: rows are
+scored in blocks by a `Scan`, which bounds memory at `BLOCK_ROWS` rows of logits a head.
+"""
+
+from __future__ import annotations
+
+import onnx
+from onnx import FunctionProto, TensorProto, helper
+
+from ditrim.plugins.log_sum_exp import BLOCK_ROWS, DOMAIN, OP_NAME, OP_VERSION
+
+OPSET = 23
+
+
+def _int_constant(name: str, *values: int) -> onnx.NodeProto:
+    return helper.make_node("Constant", [], [name], value_ints=list(values))
+
+
+def _scan_body() -> onnx.GraphProto:
+    """One block of rows (B, H, block, D) -> (B, H, block) float32."""
+    nodes = [
+        helper.make_node("MatMul", ["rows", "keys_t"], ["logits_t"]),
+        helper.make_node("Cast", ["logits_t"], ["logits_f"], to=TensorProto.FLOAT),
+        helper.make_node("Add", ["logits_f", "bias_u"], ["logits"]),
+        helper.make_node("ReduceMax", ["logits", "last_axis"], ["largest_raw"], keepdims=1),
+        # A row of -inf logits would give inf - inf; the lowest finite number gives log(0) instead.
+        helper.make_node("Max", ["largest_raw", "lowest"], ["largest"]),
+        helper.make_node("Sub", ["logits", "largest"], ["shifted"]),
+        helper.make_node("Exp", ["shifted"], ["weights"]),
+        helper.make_node("ReduceSum", ["weights", "last_axis"], ["total"], keepdims=1),
+        helper.make_node("Log", ["total"], ["log_total"]),
+        helper.make_node("Add", ["log_total", "largest"], ["block_u"]),
+        helper.make_node("Squeeze", ["block_u", "last_axis"], ["block_out"]),
+    ]
+    undefined = TensorProto.UNDEFINED
+    rows = helper.make_value_info("rows", helper.make_tensor_type_proto(undefined, None))
+    out = helper.make_tensor_value_info("block_out", TensorProto.FLOAT, None)
+    rows.ClearField("type")  # the element type is that of the caller's queries
+    return helper.make_graph(nodes, "score_block", [rows], [out])
+
+
+def log_sum_exp_function(block_rows: int = BLOCK_ROWS) -> FunctionProto:
+    """The portable form of `LogSumExp(queries, keys, bias; scale) -> result`.
+
+    Args:
+        block_rows: rows whose logits are alive at a time.
+
+    Returns:
+        A `FunctionProto` of domain `ditrim`, for `ModelProto.functions`.
+    """
+    scale = helper.make_node("Constant", [], ["scale_f"])
+    scale.attribute.append(
+        onnx.AttributeProto(
+            name="value_float", ref_attr_name="scale", type=onnx.AttributeProto.FLOAT
+        )
+    )
+    nodes = [
+        scale,
+        helper.make_node("CastLike", ["scale_f", "queries"], ["scale_t"]),
+        helper.make_node("Mul", ["queries", "scale_t"], ["scaled"]),
+        helper.make_node("Transpose", ["keys"], ["keys_t"], perm=[0, 1, 3, 2]),
+        _int_constant("axis_2", 2),
+        _int_constant("last_axis", -1),
+        _int_constant("zero", 0),
+        _int_constant("one", 1),
+        _int_constant("block_limit", block_rows),
+        helper.make_node(
+            "Constant",
+            [],
+            ["lowest"],
+            value=helper.make_tensor("lowest", TensorProto.FLOAT, [], [-3.4028234663852886e38]),
+        ),
+        helper.make_node("Unsqueeze", ["bias", "axis_2"], ["bias_u"]),
+        # The block is no longer than there are rows: one row costs one row.
+        helper.make_node("Shape", ["queries"], ["num_batch_heads"], start=0, end=2),
+        helper.make_node("Shape", ["queries"], ["num_rows"], start=2, end=3),
+        helper.make_node("Shape", ["queries"], ["width"], start=3, end=4),
+        helper.make_node("Max", ["num_rows", "one"], ["num_rows_1"]),
+        helper.make_node("Min", ["num_rows_1", "block_limit"], ["block"]),
+        helper.make_node("Add", ["num_rows_1", "block"], ["rows_plus"]),
+        helper.make_node("Sub", ["rows_plus", "one"], ["rows_up"]),
+        helper.make_node("Div", ["rows_up", "block"], ["num_blocks"]),
+        helper.make_node("Mul", ["num_blocks", "block"], ["padded_rows"]),
+        helper.make_node("Sub", ["padded_rows", "num_rows"], ["num_padding"]),
+        helper.make_node("Concat", ["zero", "num_padding"], ["pads"], axis=0),
+        helper.make_node("Pad", ["scaled", "pads", "", "axis_2"], ["padded"]),
+        helper.make_node(
+            "Concat", ["num_batch_heads", "num_blocks", "block", "width"], ["blocked"], axis=0
+        ),
+        helper.make_node("Reshape", ["padded", "blocked"], ["row_blocks"]),
+        helper.make_node(
+            "Scan",
+            ["row_blocks"],
+            ["block_results"],
+            body=_scan_body(),
+            num_scan_inputs=1,
+            scan_input_axes=[2],
+            scan_output_axes=[2],
+        ),
+        helper.make_node("Concat", ["num_batch_heads", "padded_rows"], ["flat"], axis=0),
+        helper.make_node("Reshape", ["block_results", "flat"], ["padded_result"]),
+        helper.make_node("Slice", ["padded_result", "zero", "num_rows", "axis_2"], ["result"]),
+    ]
+    return helper.make_function(
+        DOMAIN,
+        OP_NAME,
+        ["queries", "keys", "bias"],
+        ["result"],
+        nodes,
+        [helper.make_opsetid("", OPSET)],
+        attributes=["scale"],
+        doc_string=f"version {OP_VERSION}",
+    )
