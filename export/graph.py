@@ -207,9 +207,7 @@ def _drop_tracing_metadata(model: ir.Model) -> None:
         value.metadata_props.clear()
 
 
-def export_graph(
-    transformer: Any, point: SplitPoint, role: str, dtype: torch.dtype
-) -> ir.Model:
+def export_graph(transformer: Any, point: SplitPoint, role: str, dtype: torch.dtype) -> ir.Model:
     """Trace FRONT or BACK of a diffusers transformer; the transformer is left as it was.
 
     Args:

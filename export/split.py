@@ -34,8 +34,9 @@ def architecture_of(transformer: nn.Module) -> str:
 
 def blocks_of(transformer: Any) -> list[nn.Module]:
     """Blocks in the order of ToPi's layer indices: FLUX counts double-stream blocks first."""
+    architecture = architecture_of(transformer)
     blocks = list(transformer.transformer_blocks)
-    if architecture_of(transformer) == "flux":
+    if architecture == "flux":
         blocks += list(transformer.single_transformer_blocks)
     return blocks
 

@@ -12,6 +12,11 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 
+def _dot_products(queries: NDArray[np.floating], keys: NDArray[np.floating]) -> Array:
+    """(B, H, R, D) and (B, H, N, D) -> (B, H, R, N)."""
+    return np.matmul(queries.astype(np.float64), keys.astype(np.float64).swapaxes(-1, -2))
+
+
 def log_sum_exp_reference(
     queries: NDArray[np.floating],
     keys: NDArray[np.floating],
@@ -31,7 +36,9 @@ def log_sum_exp_reference(
     Returns:
         (B, H, R) float64; `-inf` for a row without keys.
     """
-    logits = scale * np.einsum("bhrd,bhnd->bhrn", queries.astype(np.float64), keys.astype(np.float64))
+    logits = scale * np.einsum(
+        "bhrd,bhnd->bhrn", queries.astype(np.float64), keys.astype(np.float64)
+    )
     if bias is not None:
         logits = logits + bias.astype(np.float64)[:, :, None, :]
     largest = logits.max(axis=-1, keepdims=True, initial=-np.finfo(np.float64).max)
@@ -61,7 +68,9 @@ def influence_reference(
     Returns:
         (B, N - reference_start) float64.
     """
-    logits = scale * np.einsum("bhrd,bhnd->bhrn", queries.astype(np.float64), keys.astype(np.float64))
+    logits = scale * np.einsum(
+        "bhrd,bhnd->bhrn", queries.astype(np.float64), keys.astype(np.float64)
+    )
     weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
     attention = weights / weights.sum(axis=-1, keepdims=True)
     received = attention[..., reference_start:].sum(axis=2)  # (B, H, C)

@@ -1,0 +1,47 @@
+"""The seam between the runtime and what executes a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from ditrim.engines.engine_set import EngineSet
+
+
+class Engines(Protocol):
+    """A loaded engine set: FRONT and BACK, ready to run. Shared by any number of sessions.
+
+    Attributes:
+        engine_set: what was loaded.
+        device: where inputs and outputs live.
+        dtype: of latents, embeddings and hidden states.
+        choice: which execution provider was chosen and why, one sentence.
+    """
+
+    engine_set: EngineSet
+    device: torch.device
+    dtype: torch.dtype
+    choice: str
+
+    def run(
+        self,
+        role: str,
+        inputs: Mapping[str, torch.Tensor],
+        outputs: Mapping[str, torch.Tensor],
+    ) -> None:
+        """Run "front" or "back" from and into the caller's tensors. Thread-safe.
+
+        Args:
+            role: which graph.
+            inputs: contiguous tensors on `device` by name; names that the graph does not take are
+                ignored.
+            outputs: contiguous tensors on `device` of the right shapes, written in place.
+        """
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until everything run so far is done."""
+        ...

@@ -1,0 +1,43 @@
+"""From a folder to engines that run."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Literal
+
+from ditrim.engines.engine_set import EngineSet, load_engine_set
+from ditrim.plugins.errors import UsageError
+
+if TYPE_CHECKING:
+    from ditrim.engines.backend import Engines
+
+
+def load_engines(
+    engine_set: EngineSet | str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    threads: int = 0,
+    verify: Literal["sizes", "hashes"] = "sizes",
+) -> Engines:
+    """Load an engine set once; any number of sessions and threads can share the result.
+
+    Args:
+        engine_set: a folder, or what `load_engine_set` returned.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        threads: CPU threads of a graph; 0 means one a core.
+        verify: check file sizes, or also every SHA-256.
+
+    Raises:
+        EngineSetError: the set is missing, damaged or made by another version.
+        BackendError: its backend is not there or cannot run it.
+    """
+    if not isinstance(engine_set, EngineSet):
+        engine_set = load_engine_set(engine_set, verify=verify)
+    if engine_set.manifest.backend == "onnxruntime":
+        from ditrim.engines.onnxruntime import OnnxRuntimeEngines
+
+        return OnnxRuntimeEngines(engine_set, device=device, threads=threads)
+    raise UsageError(
+        f"{engine_set.folder} was built for the backend {engine_set.manifest.backend!r}, which "
+        "this version cannot run; known: onnxruntime"
+    )

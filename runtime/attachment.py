@@ -1,0 +1,148 @@
+"""Put an engine set into a diffusers pipeline, and take it out again."""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from ditrim.engines.load import load_engines
+from ditrim.plugins.errors import UsageError
+from ditrim.runtime.policy import Policy, ToPi
+from ditrim.runtime.report import RunReport
+from ditrim.runtime.transformer import EngineTransformer
+
+if TYPE_CHECKING:
+    from ditrim.engines.backend import Engines
+    from ditrim.engines.engine_set import EngineSet
+
+# Configuration that may differ between two checkpoints of the same transformer.
+_IRRELEVANT = {"pooled_projection_dim"}
+
+
+class Attachment:
+    """An engine set at work in a pipeline; leaving the `with` block takes it out again."""
+
+    def __init__(self, pipe: Any, transformer: EngineTransformer) -> None:
+        self.pipe = pipe
+        self.transformer = transformer
+        self._original = pipe.transformer
+        self._original_config = dict(pipe.config)
+        self._scheduler = pipe.scheduler
+        self._is_attached = True
+        pipe.transformer = transformer
+        set_timesteps = pipe.scheduler.set_timesteps
+
+        def set_timesteps_of_new_request(*args: Any, **kwargs: Any) -> Any:
+            transformer.start_request()
+            return set_timesteps(*args, **kwargs)
+
+        # Every pipeline sets the timesteps once a request: that is where a new one is recognised.
+        self._own_set_timesteps = pipe.scheduler.__dict__.get("set_timesteps")
+        pipe.scheduler.set_timesteps = set_timesteps_of_new_request
+
+    @property
+    def report(self) -> RunReport:
+        """What the current or last request did."""
+        return self.transformer.report
+
+    def detach(self) -> None:
+        """Restore the pipeline exactly; a second call does nothing."""
+        if not self._is_attached:
+            return
+        self._is_attached = False
+        self.pipe.transformer = self._original
+        self.pipe._internal_dict = type(self.pipe._internal_dict)(self._original_config)
+        if self._own_set_timesteps is None:
+            del self._scheduler.set_timesteps
+        else:
+            self._scheduler.set_timesteps = self._own_set_timesteps
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.detach()
+
+
+def attach(
+    pipe: Any,
+    engines: str | os.PathLike[str] | EngineSet | Engines,
+    policy: Policy | None = None,
+    *,
+    device: str = "auto",
+    threads: int = 0,
+    timing: bool = False,
+) -> Attachment:
+    """Replace a pipeline's transformer by engines.
+
+    Args:
+        pipe: `QwenImageEditPipeline`, `QwenImageEditPlusPipeline`, `FluxKontextPipeline`, the small
+            editor's pipeline, or one shaped like them. Its transformer may be None.
+        engines: a folder, a loaded `EngineSet`, or what `load_engines` returned (to share).
+        policy: defaults to `ToPi()`.
+        device, threads: see `load_engines`; used only where `engines` is not loaded yet.
+        timing: see `Denoiser`.
+
+    Returns:
+        an `Attachment`, also a context manager.
+
+    Raises:
+        UsageError: the pipeline has another kind of transformer, or one configured differently.
+        EngineSetError: see `load_engines`.
+    """
+    if not hasattr(pipe, "transformer") or not hasattr(pipe, "scheduler"):
+        raise UsageError(
+            f"{type(pipe).__name__} has no transformer and scheduler: attach takes a diffusers "
+            "pipeline"
+        )
+    if isinstance(pipe.transformer, EngineTransformer):
+        raise UsageError("an engine set is attached to this pipeline already; detach it first")
+    loaded: Any = engines
+    if not hasattr(engines, "run"):
+        loaded = load_engines(engines, device=device, threads=threads)  # type: ignore[arg-type]
+    if pipe.transformer is not None:
+        _check_fit(pipe.transformer, loaded)
+    transformer = EngineTransformer(loaded, policy if policy is not None else ToPi(), timing=timing)
+    return Attachment(pipe, transformer)
+
+
+def detach(pipe: Any, attachment: Attachment) -> None:
+    """Take an engine set out of a pipeline; the same as `attachment.detach()`.
+
+    Raises:
+        UsageError: the attachment belongs to another pipeline.
+    """
+    if attachment.pipe is not pipe:
+        raise UsageError("this attachment belongs to another pipeline")
+    attachment.detach()
+
+
+def _check_fit(transformer: Any, engines: Engines) -> None:
+    """An engine set of another model must not run in silence."""
+    manifest = engines.engine_set.manifest
+    names = [base.__name__ for base in type(transformer).__mro__]
+    if manifest.transformer_class not in names:
+        raise UsageError(
+            f"the pipeline's transformer is a {names[0]}, the engine set holds a "
+            f"{manifest.transformer_class}"
+        )
+    for key, built in manifest.transformer_config.items():
+        if key.startswith("_") or key in _IRRELEVANT or key not in transformer.config:
+            continue
+        given = transformer.config[key]
+        if _plain(given) != _plain(built):
+            raise UsageError(
+                f"the pipeline's transformer has {key} = {given!r}, the engine set was built with "
+                f"{built!r}; build one from these weights with: "
+                f"{engines.engine_set.rebuild_command()}"
+            )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,256 @@
+"""`EditSession`: denoising without diffusers, step by step, for embedding."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ditrim.engines.load import load_engines
+from ditrim.plugins.errors import UsageError
+from ditrim.runtime.denoiser import BranchState, Denoiser, ModelInputs
+from ditrim.runtime.policy import Policy, ToPi
+from ditrim.runtime.report import RunReport, StepRecord
+from ditrim.runtime.rope import Grid, RopeTables, flux_ids, flux_rope, qwen_rope
+
+if TYPE_CHECKING:
+    from ditrim.engines.backend import Engines
+    from ditrim.engines.engine_set import EngineSet
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionState:
+    """Where a denoising run stands; hand it to `EditSession.denoise` to go on from there.
+
+    Attributes:
+        index: steps done.
+        latents: (B, G, c) after them.
+        branches: kept tokens and step counts a guidance branch.
+    """
+
+    index: int
+    latents: Tensor
+    branches: dict[str, BranchState]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditStep:
+    """One finished step.
+
+    Attributes:
+        index: from 0; `num_steps` in all.
+        sigma, next_sigma: noise level before and after.
+        latents: (B, G, c) float32 after the step.
+        velocity: (B, G, c) float32, guided if there is guidance.
+        records: of the model calls made, one a branch.
+        state: to resume from later, also in another session over the same engine set.
+    """
+
+    index: int
+    num_steps: int
+    sigma: float
+    next_sigma: float
+    latents: Tensor
+    velocity: Tensor
+    records: tuple[StepRecord, ...]
+    state: SessionState
+
+
+class EditSession:
+    """Denoises latents on an engine set. One request at a time; threads make their own."""
+
+    def __init__(
+        self,
+        engines: str | os.PathLike[str] | EngineSet | Engines,
+        policy: Policy | None = None,
+        *,
+        device: str = "auto",
+        threads: int = 0,
+        timing: bool = False,
+    ) -> None:
+        """Open a session.
+
+        Args:
+            engines: a folder, an `EngineSet`, or what `load_engines` returned (to share it).
+            policy: defaults to `ToPi()`.
+            device, threads: see `load_engines`.
+            timing: see `Denoiser`.
+        """
+        loaded: Any = engines
+        if not hasattr(engines, "run"):
+            loaded = load_engines(engines, device=device, threads=threads)  # type: ignore[arg-type]
+        self._denoiser = Denoiser(
+            loaded, policy if policy is not None else ToPi(), timing=timing
+        )
+        manifest = self._denoiser.engines.engine_set.manifest
+        self._is_flux = manifest.architecture == "flux"
+        self._axes = tuple(manifest.transformer_config["axes_dims_rope"])
+
+    @property
+    def report(self) -> RunReport:
+        """What the current or last run did."""
+        return self._denoiser.report
+
+    def denoise(
+        self,
+        *,
+        noisy: Tensor,
+        noisy_grid: tuple[int, int],
+        references: Sequence[Tensor],
+        reference_grids: Sequence[tuple[int, int]],
+        text_embeds: Tensor,
+        sigmas: Sequence[float],
+        text_mask: Tensor | None = None,
+        negative_text_embeds: Tensor | None = None,
+        negative_text_mask: Tensor | None = None,
+        true_cfg_scale: float = 1.0,
+        guidance: float | None = None,
+        pooled_text: Tensor | None = None,
+        negative_pooled_text: Tensor | None = None,
+        resume: SessionState | None = None,
+    ) -> Iterator[EditStep]:
+        """Euler steps of the flow ODE, one at a time, as the caller asks for them.
+
+        Stop by not asking for more; go on later by handing the last step's `state` as `resume`.
+
+        Args:
+            noisy: (B, G, c) noise at `sigmas[0]`.
+            noisy_grid: (height, width) of the picture in tokens; their product is G.
+            references: (B, C_i, c) packed latents of each reference.
+            reference_grids: (height, width) of each reference.
+            text_embeds: (B, T, c_text); text_mask: (B, T), none means all tokens.
+            sigmas: decreasing noise levels, the last of them 0 (added if it is missing).
+            negative_text_embeds, negative_text_mask: the branch of true classifier-free guidance.
+            true_cfg_scale: its strength; 1 runs no second branch.
+            guidance: the embedded guidance scale, for models that have one.
+            pooled_text, negative_pooled_text: (B, c_pool), FLUX only.
+            resume: the state of an earlier step of the same request.
+
+        Yields:
+            an `EditStep` after each step.
+
+        Raises:
+            UsageError, LadderError: when the first step is asked for at the latest.
+        """
+        levels = _checked_sigmas(sigmas)
+        if len(references) != len(reference_grids) or not references:
+            raise UsageError(
+                f"{len(references)} references with {len(reference_grids)} grids; give at least "
+                "one reference and a (height, width) for each"
+            )
+        grids: list[Grid] = [(1, *noisy_grid), *((1, *grid) for grid in reference_grids)]
+        for name, tensor, grid in zip(
+            ["noisy", *(f"references[{i}]" for i in range(len(references)))],
+            [noisy, *references],
+            grids,
+            strict=True,
+        ):
+            if tensor.dim() != 3 or tensor.shape[1] != grid[1] * grid[2]:
+                raise UsageError(
+                    f"{name} has shape {tuple(tensor.shape)}, but its grid {grid[1:]} needs "
+                    f"(batch, {grid[1] * grid[2]}, channels)"
+                )
+        branches = {"cond": (text_embeds, text_mask, pooled_text)}
+        if true_cfg_scale != 1.0:
+            if negative_text_embeds is None:
+                raise UsageError(
+                    f"true_cfg_scale = {true_cfg_scale} needs negative_text_embeds"
+                )
+            branches["uncond"] = (negative_text_embeds, negative_text_mask, negative_pooled_text)
+        reference = torch.cat(list(references), dim=1)
+        self._denoiser.start_request()
+        latents, start = noisy.float(), 0
+        if resume is not None:
+            if not 0 <= resume.index < len(levels) - 1 or resume.latents.shape != noisy.shape:
+                raise UsageError(
+                    f"cannot resume at step {resume.index} with latents "
+                    f"{tuple(resume.latents.shape)}: this run has {len(levels) - 1} steps and "
+                    f"latents {tuple(noisy.shape)}"
+                )
+            latents, start = resume.latents.float(), resume.index
+            self._denoiser.restore(resume.branches)
+        return self._steps(
+            latents, start, levels, grids, reference, branches, true_cfg_scale, guidance
+        )
+
+    def _steps(
+        self,
+        latents: Tensor,
+        start: int,
+        levels: list[float],
+        grids: list[Grid],
+        reference: Tensor,
+        branches: dict[str, tuple[Tensor, Tensor | None, Tensor | None]],
+        true_cfg_scale: float,
+        guidance: float | None,
+    ) -> Iterator[EditStep]:
+        denoiser = self._denoiser
+        batch = latents.shape[0]
+        num_steps = len(levels) - 1
+        for index in range(start, num_steps):
+            sigma, next_sigma = levels[index], levels[index + 1]
+            before = len(denoiser.report.steps)
+            velocities = {}
+            for branch, (text, mask, pooled) in branches.items():
+                num_text = text.shape[1]
+                velocities[branch] = denoiser.predict(
+                    branch,
+                    ModelInputs(
+                        noisy_latents=latents,
+                        reference_latents=reference,
+                        text_embeds=text,
+                        text_mask=mask,
+                        timestep=torch.full((batch,), sigma),
+                        guidance=None if guidance is None else torch.full((batch,), guidance),
+                        pooled_text=pooled,
+                        rope_key=(tuple(grids), num_text),
+                        make_rope=lambda num_text=num_text: self._rope(grids, num_text),
+                    ),
+                ).float()
+            velocity = velocities["cond"]
+            if "uncond" in velocities:
+                velocity = self._guided(velocity, velocities["uncond"], true_cfg_scale)
+            velocity = velocity.to(latents.device)
+            latents = latents + (next_sigma - sigma) * velocity
+            yield EditStep(
+                index=index,
+                num_steps=num_steps,
+                sigma=sigma,
+                next_sigma=next_sigma,
+                latents=latents,
+                velocity=velocity,
+                records=tuple(denoiser.report.steps[before:]),
+                state=SessionState(
+                    index=index + 1, latents=latents, branches=denoiser.snapshot()
+                ),
+            )
+
+    def _guided(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
+        """True classifier-free guidance as each model's pipeline does it: Qwen keeps the norm."""
+        guided = uncond + scale * (cond - uncond)
+        if self._is_flux:
+            return guided
+        return guided * (cond.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+
+    def _rope(self, grids: list[Grid], num_text: int) -> RopeTables:
+        device = self._denoiser.engines.device
+        if not self._is_flux:
+            return qwen_rope(grids, num_text, self._axes, device)
+        num_noisy = grids[0][1] * grids[0][2]
+        text_ids = torch.zeros(num_text, 3, dtype=torch.int64)
+        return flux_rope(flux_ids(grids), text_ids, num_noisy, self._axes, device)
+
+
+def _checked_sigmas(sigmas: Sequence[float]) -> list[float]:
+    levels = [float(sigma) for sigma in sigmas]
+    if levels and levels[-1] != 0.0:
+        levels.append(0.0)
+    if len(levels) < 2 or any(b >= a for a, b in zip(levels, levels[1:], strict=False)):
+        raise UsageError(f"sigmas must decrease and hold at least one level above 0, got {sigmas}")
+    if not 0.0 < levels[0] <= 1.0:
+        raise UsageError(f"sigmas must lie in (0, 1], got {levels[0]}")
+    return levels

@@ -1,0 +1,210 @@
+"""`EngineTransformer`: stands where a diffusers pipeline expects its transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import FrozenDict
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from torch import Tensor, nn
+
+from ditrim.engines.backend import Engines
+from ditrim.plugins.errors import UsageError
+from ditrim.runtime.denoiser import Denoiser, ModelInputs
+from ditrim.runtime.policy import Policy
+from ditrim.runtime.report import RunReport
+from ditrim.runtime.rope import Grid, flux_rope, qwen_rope
+
+
+class EngineTransformer(nn.Module):
+    """Takes the calls of `QwenImageTransformer2DModel` or `FluxTransformer2DModel`.
+
+    Returns the velocity of the noisy tokens only, which is what the pipelines read. Serves one
+    request at a time; a thread makes its own over the same engines.
+    """
+
+    def __init__(self, engines: Engines, policy: Policy, *, timing: bool = False) -> None:
+        """Make a stand-in.
+
+        Args:
+            engines: from `load_engines`.
+            policy: e.g. `ToPi()`.
+            timing: see `Denoiser`.
+        """
+        super().__init__()
+        manifest = engines.engine_set.manifest
+        self._denoiser = Denoiser(engines, policy, timing=timing)
+        self._architecture = manifest.architecture
+        self._axes = tuple(manifest.transformer_config["axes_dims_rope"])
+        self.config = FrozenDict(manifest.transformer_config)
+        self._branch: str | None = None
+        self._seen_timesteps: list[float] = []
+
+    @property
+    def device(self) -> torch.device:
+        """Where the engines' tensors live."""
+        return self._denoiser.engines.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of latents and embeddings."""
+        return self._denoiser.engines.dtype
+
+    @property
+    def report(self) -> RunReport:
+        """What the current or last request did."""
+        return self._denoiser.report
+
+    def start_request(self) -> None:
+        """Forget the previous request. `attach` calls this whenever a pipeline starts one."""
+        self._denoiser.start_request()
+        self._seen_timesteps = []
+
+    @contextmanager
+    def cache_context(self, name: str, **_: object) -> Iterator[None]:
+        """Name the guidance branch of the calls inside, as diffusers' pipelines do."""
+        before, self._branch = self._branch, name
+        try:
+            yield
+        finally:
+            self._branch = before
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_hidden_states_mask: Tensor | None = None,
+        timestep: Tensor | None = None,
+        img_shapes: Sequence[Any] | None = None,
+        txt_seq_lens: Sequence[int] | None = None,
+        pooled_projections: Tensor | None = None,
+        img_ids: Tensor | None = None,
+        txt_ids: Tensor | None = None,
+        guidance: Tensor | None = None,
+        attention_kwargs: Mapping[str, Any] | None = None,
+        joint_attention_kwargs: Mapping[str, Any] | None = None,
+        additional_t_cond: Tensor | None = None,
+        controlnet_block_samples: Sequence[Tensor] | None = None,
+        controlnet_single_block_samples: Sequence[Tensor] | None = None,
+        controlnet_blocks_repeat: bool = False,
+        return_dict: bool = True,
+    ) -> Transformer2DModelOutput | tuple[Tensor]:
+        """One model call with the arguments of either diffusers class, by keyword.
+
+        Args:
+            hidden_states: (B, G + C, c), noisy tokens first.
+            encoder_hidden_states: (B, T, c_text).
+            encoder_hidden_states_mask: (B, T), Qwen only; `txt_seq_lens` is ignored, as the mask
+                or the embeddings' length say the same.
+            timestep: (B,) in [0, 1].
+            img_shapes: Qwen: a batch of lists of (frames, height, width), the picture's first.
+            img_ids, txt_ids: FLUX: (G + C, 3) and (T, 3); the picture's first id is 0.
+            pooled_projections: (B, c_pool), FLUX only.
+            guidance: (B,), models with guidance embeddings.
+            return_dict: return an output object rather than a tuple.
+
+        Returns:
+            the velocity, (B, G, c_out), in the dtype of `hidden_states`.
+
+        Raises:
+            UsageError: what an engine cannot do (ControlNet, IP-Adapter, LoRA scales), or inputs
+                that do not fit.
+            LadderError: a size that the engine set was not built for.
+        """
+        if encoder_hidden_states is None or timestep is None:
+            raise UsageError("encoder_hidden_states and timestep must be given")
+        self._refuse(
+            controlnet_block_samples=controlnet_block_samples,
+            controlnet_single_block_samples=controlnet_single_block_samples,
+            additional_t_cond=additional_t_cond,
+        )
+        for kwargs in (attention_kwargs, joint_attention_kwargs):
+            self._refuse(**{k: v for k, v in (kwargs or {}).items() if (k, v) != ("scale", 1.0)})
+        batch = hidden_states.shape[0]
+        timestep = timestep.reshape(-1).expand(batch) if timestep.numel() == 1 else timestep
+        if guidance is not None:
+            guidance = guidance.reshape(-1).expand(batch) if guidance.numel() == 1 else guidance
+        num_text = encoder_hidden_states.shape[1]
+        if self._architecture == "qwen":
+            grids = _grids_of(img_shapes, batch)
+            num_noisy = _num_tokens(grids[:1])
+            if _num_tokens(grids) != hidden_states.shape[1]:
+                raise UsageError(
+                    f"img_shapes {grids} describe {_num_tokens(grids)} tokens, hidden_states have "
+                    f"{hidden_states.shape[1]}"
+                )
+            key: tuple[object, ...] = (tuple(grids), num_text)
+
+            def make_rope() -> Any:
+                return qwen_rope(grids, num_text, self._axes, self.device)
+        else:
+            if img_ids is None or txt_ids is None or pooled_projections is None:
+                raise UsageError("img_ids, txt_ids and pooled_projections must be given")
+            img_ids = img_ids[0] if img_ids.dim() == 3 else img_ids
+            txt_ids = txt_ids[0] if txt_ids.dim() == 3 else txt_ids
+            num_noisy = int((img_ids[:, 0] == 0).sum())
+            key = (img_ids.cpu().numpy().tobytes(), txt_ids.cpu().numpy().tobytes())
+
+            def make_rope() -> Any:
+                return flux_rope(img_ids, txt_ids, num_noisy, self._axes, self.device)
+
+        velocity = self._denoiser.predict(
+            self._branch_of(timestep),
+            ModelInputs(
+                noisy_latents=hidden_states[:, :num_noisy],
+                reference_latents=hidden_states[:, num_noisy:],
+                text_embeds=encoder_hidden_states,
+                text_mask=encoder_hidden_states_mask,
+                timestep=timestep,
+                guidance=guidance if self.config["guidance_embeds"] else None,
+                pooled_text=pooled_projections,
+                rope_key=key,
+                make_rope=make_rope,
+            ),
+        ).to(hidden_states.device, hidden_states.dtype)
+        return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
+
+    def _branch_of(self, timestep: Tensor) -> str:
+        """The branch of this call: the pipeline's word, or the order of calls at one timestep.
+
+        FluxKontextPipeline names no branch; with true CFG it calls the transformer twice a step.
+        """
+        if self._branch is not None:
+            return self._branch
+        value = float(timestep.reshape(-1)[0])
+        if not self._seen_timesteps or self._seen_timesteps[-1] != value:
+            self._seen_timesteps = [value]
+            return "cond"
+        self._seen_timesteps.append(value)
+        return "uncond" if len(self._seen_timesteps) == 2 else f"branch-{len(self._seen_timesteps)}"
+
+    @staticmethod
+    def _refuse(**arguments: object) -> None:
+        for name, value in arguments.items():
+            if value is not None:
+                raise UsageError(
+                    f"{name} was given, which a compiled engine cannot apply; merge it into the "
+                    "weights and rebuild the engine set, or run without it"
+                )
+
+
+def _num_tokens(grids: Sequence[Grid]) -> int:
+    return sum(frames * height * width for frames, height, width in grids)
+
+
+def _grids_of(img_shapes: Sequence[Any] | None, batch: int) -> list[Grid]:
+    """The one geometry of a batch, from diffusers' nested `img_shapes`."""
+    if not img_shapes:
+        raise UsageError("img_shapes must be given: it tells noisy from reference tokens")
+    samples = [
+        [tuple(int(n) for n in shape) for shape in (s if isinstance(s, list) else [s])]
+        for s in img_shapes
+    ]
+    if any(sample != samples[0] for sample in samples) or len(samples) not in (1, batch):
+        raise UsageError(
+            f"img_shapes of a batch of {batch} must be one geometry for every entry, got {samples}"
+        )
+    return samples[0]  # type: ignore[return-value]
