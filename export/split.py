@@ -78,18 +78,20 @@ class SplitPoint:
 
 @contextmanager
 def processors_installed(
-    transformer: nn.Module, roles: dict[int, str] | None = None
+    transformer: nn.Module, roles: dict[int, str] | None = None, *, pairs_modulation: bool = True
 ) -> Iterator[None]:
     """Give every block this package's attention processor; put the old ones back at the end.
 
     Args:
         transformer: a diffusers transformer.
         roles: layer index -> "score" or "measure"; the others are "plain".
+        pairs_modulation: let blocks with `zero_cond_t` take time embeddings as `run_blocks` stacks
+            them; false where diffusers' own forward calls the blocks.
     """
     make = PROCESSORS[architecture_of(transformer)]
     blocks: list[Any] = blocks_of(transformer)
     before = [block.attn.processor for block in blocks]
-    paired = [block for block in blocks if getattr(block, "zero_cond_t", False)]
+    paired = [b for b in blocks if pairs_modulation and getattr(b, "zero_cond_t", False)]
     try:
         for layer, block in enumerate(blocks):
             block.attn.processor = make((roles or {}).get(layer, "plain"))

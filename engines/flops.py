@@ -1,0 +1,143 @@
+"""Floating-point operations of one model call, counted from the configuration.
+
+Matrix products only (a multiply-add is two operations): normalisation, activation and softmax are
+left out, as ToPi's App. F leaves them out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallSize:
+    """Lengths of one call.
+
+    Attributes:
+        num_noisy, num_reference, num_text: G, C (or K' where reduced) and T.
+        batch: B.
+    """
+
+    num_noisy: int
+    num_reference: int
+    num_text: int
+    batch: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatrixProduct:
+    """`count` products (m, k) x (k, n)."""
+
+    m: int
+    k: int
+    n: int
+    count: int = 1
+
+    @property
+    def flops(self) -> int:
+        """Operations of all of them."""
+        return 2 * self.m * self.k * self.n * self.count
+
+
+def block_products(
+    config: Mapping[str, Any],
+    architecture: str,
+    layer: int,
+    size: CallSize,
+    *,
+    has_text_output: bool = True,
+) -> list[MatrixProduct]:
+    """Matrix products of one transformer block (ToPi Eq. 13-17 with the released MLP width of 4 d).
+
+    Args:
+        config: of the diffusers transformer.
+        architecture: "qwen" or "flux".
+        layer: FLUX counts double-stream blocks first.
+        size: of the call.
+        has_text_output: false for the last block of a graph without a use for its text, from which
+            the exporter drops the text's output projection and MLP.
+    """
+    heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
+    width, batch = heads * head_dim, size.batch
+    image = (size.num_noisy + size.num_reference) * batch
+    text = size.num_text * batch
+    joint = size.num_noisy + size.num_reference + size.num_text
+    attention = [
+        MatrixProduct(m=joint, k=head_dim, n=joint, count=heads * batch),
+        MatrixProduct(m=joint, k=joint, n=head_dim, count=heads * batch),
+    ]
+    if architecture == "flux" and layer >= config["num_layers"]:  # single-stream
+        tokens = joint * batch
+        return [
+            *attention,
+            MatrixProduct(m=tokens, k=width, n=width, count=3),
+            MatrixProduct(m=tokens, k=width, n=4 * width),
+            MatrixProduct(m=tokens, k=5 * width, n=width),
+            MatrixProduct(m=batch, k=width, n=3 * width),
+        ]
+    streams = [
+        product
+        for tokens in (image, text)
+        for product in (
+            MatrixProduct(m=tokens, k=width, n=width, count=4),
+            MatrixProduct(m=tokens, k=width, n=4 * width),
+            MatrixProduct(m=tokens, k=4 * width, n=width),
+            MatrixProduct(m=batch, k=width, n=6 * width),
+        )
+    ]
+    if not has_text_output:
+        streams[4:7] = [MatrixProduct(m=text, k=width, n=width, count=3)]
+    return [*attention, *streams]
+
+
+def graph_products(
+    config: Mapping[str, Any], architecture: str, layers: range, size: CallSize, role: str
+) -> list[MatrixProduct]:
+    """Matrix products of FRONT ("front": embeddings and its blocks) or BACK (blocks and output)."""
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    image = (size.num_noisy + size.num_reference) * size.batch
+    products = [
+        product
+        for layer in layers
+        for product in block_products(
+            config,
+            architecture,
+            layer,
+            size,
+            has_text_output=architecture == "flux" or role == "front" or layer != layers[-1],
+        )
+    ]
+    if role == "front":
+        products += [
+            MatrixProduct(m=image, k=config["in_channels"], n=width),
+            MatrixProduct(
+                m=size.num_text * size.batch, k=config["joint_attention_dim"], n=width
+            ),
+        ]
+    else:
+        patch = config["patch_size"] ** 2
+        out_channels = (config["out_channels"] or config["in_channels"]) * patch
+        products += [
+            MatrixProduct(m=size.batch, k=width, n=2 * width),
+            MatrixProduct(m=size.num_noisy * size.batch, k=width, n=out_channels),
+        ]
+    return products
+
+
+def call_flops(
+    config: Mapping[str, Any],
+    architecture: str,
+    front_depth: int,
+    num_layers: int,
+    size: CallSize,
+    num_kept: int,
+) -> tuple[int, int]:
+    """Operations of FRONT at the full context and of BACK at `num_kept` reference tokens."""
+    from dataclasses import replace
+
+    front = graph_products(config, architecture, range(front_depth), size, "front")
+    reduced = replace(size, num_reference=num_kept)
+    back = graph_products(config, architecture, range(front_depth, num_layers), reduced, "back")
+    return sum(p.flops for p in front), sum(p.flops for p in back)

@@ -1,0 +1,46 @@
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parents[3] / "scripts" / "train_small_editor.py"
+
+
+@pytest.fixture(scope="session")
+def trainer():
+    """The training script as a module."""
+    spec = importlib.util.spec_from_file_location("train_small_editor", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train_small_editor"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def tiny_pipeline():
+    """A small editor of two narrow blocks whose weights are random everywhere."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    from ditrim.runtime.small_editor.modules import PixelVAE, WordEmbedder, build_transformer
+    from ditrim.runtime.small_editor.pipeline import SmallEditPipeline
+    from ditrim.runtime.small_editor.vocabulary import WordTokenizer
+
+    torch.manual_seed(0)
+    transformer = build_transformer(
+        num_layers=2, num_attention_heads=2, attention_head_dim=16, axes_dims_rope=(4, 6, 6)
+    )
+    for weight in transformer.parameters():
+        if not weight.any():
+            torch.nn.init.normal_(weight, std=0.1)
+    tokenizer = WordTokenizer()
+    pipeline = SmallEditPipeline(
+        transformer=transformer.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=PixelVAE(),
+        text_encoder=WordEmbedder(len(tokenizer)),
+        tokenizer=tokenizer,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
