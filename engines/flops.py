@@ -28,12 +28,17 @@ class CallSize:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatrixProduct:
-    """`count` products (m, k) x (k, n)."""
+    """`count` products (m, k) x (k, n).
+
+    Attributes:
+        is_batched: the products are one batched call (attention), not `count` calls.
+    """
 
     m: int
     k: int
     n: int
     count: int = 1
+    is_batched: bool = False
 
     @property
     def flops(self) -> int:
@@ -65,8 +70,8 @@ def block_products(
     text = size.num_text * batch
     joint = size.num_noisy + size.num_reference + size.num_text
     attention = [
-        MatrixProduct(m=joint, k=head_dim, n=joint, count=heads * batch),
-        MatrixProduct(m=joint, k=joint, n=head_dim, count=heads * batch),
+        MatrixProduct(m=joint, k=head_dim, n=joint, count=heads * batch, is_batched=True),
+        MatrixProduct(m=joint, k=joint, n=head_dim, count=heads * batch, is_batched=True),
     ]
     if architecture == "flux" and layer >= config["num_layers"]:  # single-stream
         tokens = joint * batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ class Attachment:
         pipe.transformer = transformer
         set_timesteps = pipe.scheduler.set_timesteps
 
+        @functools.wraps(set_timesteps)  # pipelines look at its signature
         def set_timesteps_of_new_request(*args: Any, **kwargs: Any) -> Any:
             transformer.start_request()
             return set_timesteps(*args, **kwargs)

@@ -138,12 +138,14 @@ class RandomDrop:
 
     def select(self, influence: torch.Tensor, ladder: Ladder) -> torch.Tensor:
         """See `Policy.select`."""
+        import numpy as np
         import torch
 
         count = self.policy.select(influence, ladder).shape[1]
         # Seeded by the scores as well: other anchors and samples get other tokens.
-        salt = int(influence.double().sum().view(torch.int64)) & 0x7FFFFFFF
-        generator = torch.Generator().manual_seed(self.seed * 0x100000000 + salt)
+        salt = int(influence.double().sum().view(torch.int64)) & 0xFFFFFFFFFFFFFFFF
+        mixed = np.random.SeedSequence([self.seed, salt]).generate_state(1)
+        generator = torch.Generator().manual_seed(int(mixed[0]))
         order = torch.rand(influence.shape, generator=generator).argsort(dim=1)[:, :count]
         return order.sort(dim=1).values.to(influence.device)
 

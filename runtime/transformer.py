@@ -129,7 +129,7 @@ class EngineTransformer(nn.Module):
             guidance = guidance.reshape(-1).expand(batch) if guidance.numel() == 1 else guidance
         num_text = encoder_hidden_states.shape[1]
         if self._architecture == "qwen":
-            grids = _grids_of(img_shapes, batch)
+            grids = _grids_of(img_shapes)
             num_noisy = _num_tokens(grids[:1])
             if _num_tokens(grids) != hidden_states.shape[1]:
                 raise UsageError(
@@ -195,16 +195,19 @@ def _num_tokens(grids: Sequence[Grid]) -> int:
     return sum(frames * height * width for frames, height, width in grids)
 
 
-def _grids_of(img_shapes: Sequence[Any] | None, batch: int) -> list[Grid]:
-    """The one geometry of a batch, from diffusers' nested `img_shapes`."""
+def _grids_of(img_shapes: Sequence[Any] | None) -> list[Grid]:
+    """The one geometry of a batch, from diffusers' nested `img_shapes`.
+
+    The pipelines give one entry a prompt, whatever the number of pictures a prompt.
+    """
     if not img_shapes:
         raise UsageError("img_shapes must be given: it tells noisy from reference tokens")
     samples = [
         [tuple(int(n) for n in shape) for shape in (s if isinstance(s, list) else [s])]
         for s in img_shapes
     ]
-    if any(sample != samples[0] for sample in samples) or len(samples) not in (1, batch):
+    if any(sample != samples[0] for sample in samples):
         raise UsageError(
-            f"img_shapes of a batch of {batch} must be one geometry for every entry, got {samples}"
+            f"img_shapes of a batch must be one geometry for every entry, got {samples}"
         )
     return samples[0]  # type: ignore[return-value]

@@ -1,9 +1,47 @@
-"""Tiny models of every family, and what tests share."""
+"""Engine sets of tiny models, built once a session, and the path to the helpers beside this file."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 # `--import-mode=importlib` leaves sys.path alone; helpers stand beside this file.
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session")
+def tiny_engine_sets(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a tiny engine set of a family: K = 1, L = (2, 3), from a checkpoint on disk.
+
+    The weights are those of `tiny.tiny_transformer`, so results can be compared.
+    """
+    root = tmp_path_factory.mktemp("tiny-sets")
+
+    def build(family: str) -> Path:
+        from tiny import tiny_transformer
+
+        from ditrim.engines.build import build_engine_set
+        from ditrim.engines.options import BuildOptions
+
+        folder = root / family
+        if not folder.exists():
+            checkpoint = root / f"{family}-checkpoint"
+            tiny_transformer(family).save_pretrained(checkpoint)
+            build_engine_set(
+                BuildOptions(
+                    model=family,
+                    weights=str(checkpoint),
+                    front_depth=1,
+                    layers=(2, 3),
+                    max_reference_tokens=64,
+                    max_noisy_tokens=64,
+                    max_text_tokens=32,
+                    output=str(folder),
+                )
+            )
+        return folder
+
+    return build

@@ -31,9 +31,9 @@ def loaded(tiny_engine_sets: Any) -> Any:
     return load
 
 
-def run(pipe: Any, arguments: dict[str, Any]) -> torch.Tensor:
+def run(pipe: Any, arguments: dict[str, Any], reference_side: int = 64) -> torch.Tensor:
     arguments = copy.deepcopy(arguments)
-    with small_pictures(), torch.no_grad():
+    with small_pictures(reference_side), torch.no_grad():
         return pipe(**arguments).images  # type: ignore[no-any-return]
 
 
@@ -92,16 +92,18 @@ def test_tau_one_equals_full_context_at_every_step(family: str, loaded: Any) -> 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_guidance_branches_keep_their_own_tokens(family: str, loaded: Any) -> None:
     pipe = tiny_pipeline(family)
-    with ditrim.attach(pipe, loaded(family), ditrim.ToPi(tau=0.5, interval=2)) as engine:
-        run(pipe, request(family, guided=True))
+    with ditrim.attach(pipe, loaded(family), ditrim.ToPi(tau=0.83, interval=2)) as engine:
+        run(pipe, request(family, guided=True), reference_side=128)
         records = engine.report.steps
     assert [record.branch for record in records] == ["cond", "uncond"] * 4
     assert [record.role for record in records] == (["anchor"] * 2 + ["reduced"] * 2) * 2
-    cond, uncond = (r.kept_indices for r in records[:2])
-    assert cond is not None and uncond is not None
-    assert cond.shape != uncond.shape or not torch.equal(cond, uncond)
-    assert records[2].num_kept == cond.shape[1] < records[2].num_reference
-    assert records[3].num_kept == uncond.shape[1]
+    anchors = [r.kept_indices for r in records if r.role == "anchor"]
+    reduced = [r for r in records if r.role == "reduced"]
+    assert all(kept is not None for kept in anchors)
+    # Two prompts rank alike on random weights, but not at both anchors to the last token.
+    assert any(not torch.equal(anchors[i], anchors[i + 1]) for i in (0, 2))  # type: ignore[arg-type]
+    for kept, record in zip(anchors, reduced, strict=True):
+        assert record.num_kept == kept.shape[1] < record.num_reference  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
@@ -243,7 +245,7 @@ def test_another_models_engines_are_refused(loaded: Any) -> None:
 def test_lengths_beyond_the_built_ones_name_length_limit_and_command(loaded: Any) -> None:
     pipe = tiny_pipeline("qwen-edit-plus")
     with ditrim.attach(pipe, loaded("qwen-edit-plus")):
-        too_long = request("qwen-edit-plus", num_references=6)
+        too_long = request("qwen-edit-plus", num_references=8)
         with pytest.raises(
             LadderError, match=r"(?s)reference tokens are more than .* holds \(\d+\).*build-engine "
             r".*--max-reference-tokens \d+",

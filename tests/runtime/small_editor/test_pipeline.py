@@ -225,7 +225,14 @@ def test_pixel_vae_is_exact():
 
 @pytest.mark.parametrize(
     ("given", "fitted"),
-    [((48, 48), 48), ((20, 30), 48), ((71, 200), 48), ((72, 72), 72), ((4000, 90), 72), ((1, 1), 48)],
+    [
+        ((48, 48), 48),
+        ((20, 30), 48),
+        ((71, 200), 48),
+        ((72, 72), 72),
+        ((4000, 90), 72),
+        ((1, 1), 48),
+    ],
 )
 def test_reference_sizes(given, fitted):
     assert fit_reference(picture(given)).size == (fitted, fitted)

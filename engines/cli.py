@@ -1,0 +1,206 @@
+"""The `build-engine` command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ditrim.engines.build import run_build, summary_of
+from ditrim.engines.console import CommandParser, Terminal, run_command
+from ditrim.engines.options import PRESETS, VERIFY, BuildOptions
+from ditrim.engines.staging import format_bytes
+from ditrim.export.family import FAMILIES
+from ditrim.plugins.errors import UsageError
+
+_EXAMPLES = """\
+  build-engine --preset small
+  build-engine --model qwen-edit --output engines-out/qwen-edit
+  build-engine --model flux-kontext --weights ./FLUX.1-Kontext-dev --precision fp16
+  build-engine --model qwen-edit --weights random --num-layers 3 --resolution 512x512
+  build-engine --model qwen-edit-plus --num-references 3 --ladder 2048,4096,8192,12288"""
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        "build-engine",
+        description="Build an engine set: the two graphs of an in-context editor, their weights "
+        "and a manifest, in a folder.\nA set that is there and unchanged is recognised and reused.",
+        examples=_EXAMPLES,
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model",
+        default="qwen-edit",
+        metavar="NAME",
+        help=f"{', '.join(FAMILIES)} (default: qwen-edit)",
+    )
+    model.add_argument(
+        "--preset", metavar="NAME", help=f"a shipped trained model: {', '.join(PRESETS)}"
+    )
+    model.add_argument(
+        "--weights",
+        metavar="FOLDER|HUB-ID|random",
+        help="a diffusers pipeline or transformer folder, a hub id, or random "
+        "(default: the model's hub id)",
+    )
+    model.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub")
+    model.add_argument("--seed", type=int, metavar="N", help="seed of random weights (default: 0)")
+    model.add_argument(
+        "--num-layers", type=int, metavar="N", help="depth of a trial with random weights"
+    )
+    model.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change the configuration of random weights; VALUE is JSON; can be repeated",
+    )
+    split = parser.add_argument_group("split and scoring")
+    split.add_argument(
+        "--front-depth", type=int, metavar="K", help="layers that always see the full context"
+    )
+    split.add_argument("--layers", metavar="L,L,...", help="layers whose attention is scored")
+    engine = parser.add_argument_group("engine")
+    engine.add_argument(
+        "--backend", default="onnxruntime", metavar="NAME", help="onnxruntime (default)"
+    )
+    engine.add_argument(
+        "--precision",
+        default="fp32",
+        metavar="NAME",
+        help="fp32 (default), or fp16 for the CUDA provider",
+    )
+    shape = parser.add_argument_group("lengths")
+    shape.add_argument(
+        "--resolution",
+        metavar="WxH",
+        help="size of the picture and of each reference in pixels (default: 1024x1024)",
+    )
+    shape.add_argument(
+        "--num-references", type=int, metavar="N", help="references in an edit (default: 1 or 2)"
+    )
+    shape.add_argument("--max-reference-tokens", type=int, metavar="N", help="of all references")
+    shape.add_argument("--max-noisy-tokens", type=int, metavar="N", help="of the picture")
+    shape.add_argument("--max-text-tokens", type=int, metavar="N", help="of the prompt")
+    shape.add_argument("--max-batch", type=int, metavar="N", help="default: 4")
+    shape.add_argument("--ladder", metavar="N,N,...", help="reference lengths, increasing")
+    shape.add_argument(
+        "--rungs", type=int, metavar="N", help="even reference lengths in all (default: 8)"
+    )
+    shape.add_argument(
+        "--granularity",
+        type=int,
+        default=1,
+        metavar="N",
+        help="kept counts are rounded up to a multiple of it (default: 1)",
+    )
+    output = parser.add_argument_group("target")
+    output.add_argument(
+        "--output", metavar="FOLDER", help="default: engines-out/<model or preset>[-...]"
+    )
+    output.add_argument("--force", action="store_true", help="build even if nothing changed")
+    output.add_argument(
+        "--verify",
+        default="sizes",
+        metavar="HOW",
+        help=f"how a set that is there is checked: {' or '.join(VERIFY)} (default: sizes)",
+    )
+    return parser
+
+
+def _whole_numbers(option: str, text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    return tuple(
+        _parsed(option, part, int, "whole numbers with commas between, as 512,1024")
+        for part in text.split(",")
+    )
+
+
+def _parsed(option: str, text: str, make: Callable[[str], int], allowed: str) -> int:
+    try:
+        return make(text)
+    except ValueError:
+        raise UsageError(f"{option}: {text!r} is not valid; give {allowed}") from None
+
+
+def _resolution(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    width, cross, height = text.lower().partition("x")
+    if not cross:
+        raise UsageError(f"--resolution: {text!r} is not valid; give WIDTHxHEIGHT, as 1024x768")
+    allowed = "WIDTHxHEIGHT in pixels, as 1024x768"
+    return (
+        _parsed("--resolution", width, int, allowed),
+        _parsed("--resolution", height, int, allowed),
+    )
+
+
+def _config(items: Sequence[str]) -> dict[str, Any]:
+    config: dict[str, Any] = {}
+    for item in items:
+        key, equals, text = item.partition("=")
+        if not equals or not key:
+            raise UsageError(f"--config: {item!r} is not valid; give KEY=VALUE, as num_layers=3")
+        if key in config:
+            raise UsageError(f"--config: {key} is given twice")
+        try:
+            config[key] = json.loads(text)
+        except ValueError:
+            raise UsageError(
+                f"--config {key}: {text!r} is not JSON; give a number, true, false, a list as "
+                '[4,6,6] or "text" in quotes'
+            ) from None
+    return config
+
+
+def options_from(arguments: argparse.Namespace) -> BuildOptions:
+    """Options from parsed arguments.
+
+    Raises:
+        UsageError: one is not valid; names it.
+    """
+    values = vars(arguments).copy()
+    for name in ("json", "verbose", "quiet"):
+        del values[name]
+    values["layers"] = _whole_numbers("--layers", arguments.layers)
+    values["ladder"] = _whole_numbers("--ladder", arguments.ladder)
+    values["resolution"] = _resolution(arguments.resolution)
+    values["config"] = _config(arguments.config)
+    return BuildOptions(**values)
+
+
+def _build(arguments: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
+    options = options_from(arguments)
+    if options.precision == "fp16":
+        terminal.note("fp16 graphs need ONNX Runtime's CUDA provider (onnxruntime-gpu) to run")
+    with terminal.progress() as progress:
+        result = run_build(options, progress=progress)
+    summary = summary_of(result)
+    did = "unchanged, reused" if result.is_reused else "built"
+    manifest = result.engine_set.manifest
+    terminal.say(f"{did} in {result.seconds:.1f} s: {result.engine_set.folder}")
+    terminal.say(
+        f"  {manifest.model}, {manifest.precision}, {manifest.backend} "
+        f"{manifest.backend_version}, {format_bytes(summary['num_bytes'])}"
+    )
+    layers = ", ".join(map(str, manifest.representative_layers))
+    terminal.say(
+        f"  {manifest.num_layers} layers, front depth {manifest.front_depth}, scored layers "
+        f"{layers} ({manifest.layers_source})"
+    )
+    limits = manifest.limits
+    terminal.say(
+        f"  references up to {manifest.ladder.longest} tokens "
+        f"({', '.join(map(str, manifest.ladder.rungs))}), noisy {limits.noisy}, text "
+        f"{limits.text}, batch {limits.batch}"
+    )
+    return summary
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `build-engine`; returns its exit code."""
+    return run_command(_parser, _build, argv)

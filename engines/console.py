@@ -1,0 +1,236 @@
+"""What all commands share: arguments, progress, messages, JSON and exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from ditrim.plugins.errors import DitrimError, UsageError
+
+EXIT_OK, EXIT_FAILURE, EXIT_USAGE = 0, 1, 2
+EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
+_OS_REMEDIES = {
+    errno.ENOSPC: "the disk is full; free some space or choose another place",
+    errno.EDQUOT: "your disk quota is used up; free some space or choose another place",
+    errno.EFBIG: "the file is larger than this system allows; raise the limit (ulimit -f) or "
+    "choose another place",
+    errno.EROFS: "it is on a read-only file system; choose a place that can be written",
+    errno.EACCES: "permission denied; choose a place that you can use, or change its permissions",
+    errno.EPERM: "not permitted; choose a place that you can use, or change its permissions",
+    errno.ENOENT: "there is no such file or folder",
+    errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EIO: "the disk reports an error",
+}
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser with the options that every command has; its errors are `UsageError`s."""
+
+    def __init__(self, prog: str, *, description: str, examples: str) -> None:
+        """Make a parser.
+
+        Args:
+            prog: the command's name.
+            description: what it does, one or two sentences.
+            examples: command lines for the end of `--help`.
+        """
+        super().__init__(
+            prog=prog,
+            description=description,
+            epilog=f"examples:\n{examples}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        common = self.add_argument_group("output")
+        common.add_argument(
+            "--json", action="store_true", help="print one line of JSON last on stdout"
+        )
+        common.add_argument(
+            "--verbose", action="store_true", help="log more; tracebacks of internal errors"
+        )
+        common.add_argument("--quiet", action="store_true", help="print errors only")
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}. See {self.prog} --help")
+
+
+class Terminal:
+    """Where a command speaks: results on stdout, everything else on stderr."""
+
+    def __init__(self, *, is_json: bool, is_verbose: bool, is_quiet: bool) -> None:
+        self.is_json, self.is_verbose, self.is_quiet = is_json, is_verbose, is_quiet
+        self.console = Console(stderr=True, highlight=False)
+        self.interrupted_by: int | None = None
+        self._progress: Progress | None = None
+        self._task: Any = None
+
+    def say(self, text: str) -> None:
+        """A result for a person, on stdout; not with --json or --quiet."""
+        if not self.is_json and not self.is_quiet:
+            print(text, flush=True)
+
+    def note(self, message: str) -> None:
+        """A remark on stderr; not with --quiet."""
+        if not self.is_quiet:
+            self.console.print(f"[yellow]note:[/yellow] {escape(message)}", soft_wrap=True)
+
+    def complain(self, message: str) -> None:
+        """An error on stderr."""
+        self.console.print(f"[red]error:[/red] {escape(message)}", soft_wrap=True)
+
+    @contextmanager
+    def progress(self) -> Iterator[Terminal]:
+        """Show the stages of long work: a bar on a terminal, lines elsewhere."""
+        if self.is_quiet or not self.console.is_terminal:
+            yield self
+            return
+        bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[amount]}"),
+            TimeElapsedColumn(),
+            console=self.console,
+        )
+        with bar:
+            self._progress = bar
+            try:
+                yield self
+                self._end_stage()
+            finally:
+                self._progress = self._task = None
+
+    def stage(self, name: str) -> None:
+        """Begin a stage; an interrupt that a library swallowed stops the work here."""
+        if self.interrupted_by is not None:
+            raise KeyboardInterrupt
+        if self._progress is not None:
+            self._end_stage()
+            self._task = self._progress.add_task(escape(name), total=None, amount="")
+        elif not self.is_quiet:
+            self.console.print(escape(name), soft_wrap=True)
+
+    def update(self, done: int, total: int) -> None:
+        """Bytes of this stage that are done, and in all."""
+        if self._progress is not None and self._task is not None:
+            amount = f"{done / 1e6:,.0f} / {total / 1e6:,.0f} MB"
+            self._progress.update(self._task, completed=done, total=total, amount=amount)
+
+    def _end_stage(self) -> None:
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=1, total=1)
+            self._progress.stop_task(self._task)
+
+
+def run_command(
+    make_parser: Callable[[], CommandParser],
+    body: Callable[[argparse.Namespace, Terminal], dict[str, Any]],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Run a command and turn whatever happens into messages and an exit code.
+
+    Args:
+        make_parser: makes the command's parser.
+        body: does the work; returns what `--json` prints besides `"ok": true`.
+        argv: arguments; none means the process's.
+
+    Returns:
+        0 on success, 2 on a caller's mistake, 1 on a failure, 130 or 143 when stopped by a signal.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    terminal = Terminal(
+        is_json="--json" in arguments,
+        is_verbose="--verbose" in arguments or os.environ.get("DITRIM_TRACEBACK") == "1",
+        is_quiet="--quiet" in arguments,
+    )
+    if terminal.is_verbose:
+        _log_to(terminal.console)
+    with _signals_noted(terminal):
+        try:
+            content = body(make_parser().parse_args(arguments), terminal)
+            code, message = EXIT_OK, ""
+        except BrokenPipeError:  # whoever read stdout has gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return EXIT_FAILURE
+        except (Exception, KeyboardInterrupt) as error:
+            code, message = explain(error, terminal)
+            content = {"error": message, "exit_code": code}
+    if code != EXIT_OK:
+        terminal.complain(message)
+    if terminal.is_json:
+        print(json.dumps({"ok": code == EXIT_OK, **content}), flush=True)
+    return code
+
+
+def explain(error: BaseException, terminal: Terminal) -> tuple[int, str]:
+    """The exit code and the message of an error; shows the traceback of an internal one."""
+    if isinstance(error, KeyboardInterrupt) or terminal.interrupted_by is not None:
+        if terminal.interrupted_by == signal.SIGTERM:
+            return EXIT_TERMINATED, "terminated; nothing was replaced"
+        return EXIT_INTERRUPTED, "interrupted; nothing was replaced"
+    if isinstance(error, DitrimError):
+        return error.exit_code, str(error)
+    if isinstance(error, OSError) and error.errno is not None:
+        remedy = _OS_REMEDIES.get(error.errno, error.strerror or "failed")
+        return EXIT_FAILURE, f"{error.filename or 'reading or writing'}: {remedy}"
+    if isinstance(error, MemoryError):
+        return EXIT_FAILURE, "out of memory; free some, or use a smaller model or fewer tokens"
+    if terminal.is_verbose:
+        terminal.console.print_exception()
+        return EXIT_FAILURE, f"internal error: {type(error).__name__}: {error}"
+    return EXIT_FAILURE, (
+        f"internal error: {type(error).__name__}: {error} (run with --verbose for the traceback)"
+    )
+
+
+def _log_to(console: Console) -> None:
+    from rich.logging import RichHandler
+
+    handler = RichHandler(console=console, show_path=False)
+    package = logging.getLogger("ditrim")
+    if not package.handlers:
+        package.addHandler(handler)
+    package.setLevel(logging.INFO)
+
+
+@contextmanager
+def _signals_noted(terminal: Terminal) -> Iterator[None]:
+    """Raise KeyboardInterrupt on SIGINT and SIGTERM, and remember which.
+
+    An interrupt that arrives inside a library can be swallowed there, or come out as another
+    exception; `Terminal.stage` and `explain` then know better.
+    """
+
+    def note_signal(number: int, frame: FrameType | None) -> NoReturn:
+        terminal.interrupted_by = number
+        raise KeyboardInterrupt
+
+    before: dict[int, Any] = {}
+    usual: dict[int, Any] = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+    }
+    try:
+        for number, handler in usual.items():
+            if signal.getsignal(number) == handler:
+                before[number] = signal.signal(number, note_signal)
+    except ValueError as error:  # not in the main thread, which gets the signals
+        logging.getLogger(__name__).info("signals stay as they are: %s", error)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

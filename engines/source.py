@@ -1,0 +1,320 @@
+"""Where a build's weights come from, known by their content before anything is loaded.
+
+Replaces: hashing 41 GB at every call. Limits: a file whose size, times and inode are those of the
+last build is taken to be unchanged. Trade-off: the first build reads the weights once more.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ditrim.engines.options import BuildOptions
+from ditrim.export.checkpoint import (
+    Checkpoint,
+    check_config,
+    fetch_checkpoint,
+    find_checkpoint,
+    is_hub_id,
+)
+from ditrim.plugins.errors import CheckpointError, UsageError
+
+_BLOCK_BYTES = 16 * 1024 * 1024
+# Longer than the clock tick by which file systems stamp files.
+_TICK_NS = 20_000_000
+# Depths of the released models, from which the layers of cut-down ones are scaled.
+_DEPTHS: dict[str, dict[str, int]] = {
+    "qwen": {"num_layers": 60},
+    "flux": {"num_layers": 19, "num_single_layers": 38},
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Weights that were found but not read.
+
+    Attributes:
+        kind: "small", "folder", "hub" or "random".
+        location: the folder, hub id or preset's name.
+        revision: the commit of a hub id.
+        seed: of random weights.
+        checkpoint: the files; none for random weights.
+        config: the transformer's configuration as found, or for random weights as asked for.
+        calibration: K and L that were measured on these very weights, if any.
+    """
+
+    kind: str
+    location: str
+    revision: str | None = None
+    seed: int | None = None
+    checkpoint: Checkpoint | None = None
+    config: Mapping[str, Any]
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitChoice:
+    """K and L of a build, and why."""
+
+    num_layers: int
+    front_depth: int
+    representative_layers: tuple[int, ...]
+    layers_source: str
+
+
+def small_editor_folder() -> Path:
+    """The shipped editor's `model/` folder; its package is found, not imported.
+
+    Raises:
+        CheckpointError: this installation does not have it.
+    """
+    spec = importlib.util.find_spec("ditrim.runtime.small_editor")
+    for place in (spec.submodule_search_locations or []) if spec is not None else []:
+        folder = Path(place) / "model"
+        if (folder / "transformer").is_dir():
+            return folder
+    raise CheckpointError(
+        "this installation of ditrim lacks the small editor's weights "
+        "(ditrim/runtime/small_editor/model); install the package again, or name weights with "
+        "--model and --weights"
+    )
+
+
+def find_source(options: BuildOptions) -> Source:
+    """Find the weights that the options ask for; fetches those on the hub, reads none.
+
+    Raises:
+        CheckpointError: they are missing or belong to another model.
+    """
+    family = options.family
+    if options.preset is not None:
+        folder = small_editor_folder()
+        source = Source(
+            kind="small",
+            location=options.preset,
+            checkpoint=(found := find_checkpoint(folder / "transformer")),
+            config=found.config,
+            calibration=_read_calibration(folder / "calibration.json"),
+        )
+    elif options.weights == "random":
+        config = {**family.config, **_cut_depth(options), **options.config}
+        config["_class_name"] = family.transformer_class
+        return Source(kind="random", location="random", seed=options.seed or 0, config=config)
+    else:
+        source = _find_real(options)
+    assert source.checkpoint is not None
+    check_config(family, source.config, str(source.checkpoint.folder / "config.json"))
+    return source
+
+
+def _find_real(options: BuildOptions) -> Source:
+    text = options.weights or options.family.hub_id
+    path = Path(text).expanduser()
+    if options.weights is not None and (path.exists() or not is_hub_id(text)):
+        if options.revision is not None:
+            raise UsageError(f"--revision needs weights from the hub, and {text} is a folder")
+        if not path.exists() and not text.startswith((".", "/", "~")) and "/" not in text:
+            raise CheckpointError(
+                f"--weights {text!r} is neither a folder that exists, nor a hub id (owner/name), "
+                "nor 'random'"
+            )
+        found = find_checkpoint(path)
+        return Source(
+            kind="folder",
+            location=os.path.abspath(path),
+            checkpoint=found,
+            config=found.config,
+        )
+    found, commit = fetch_checkpoint(text, options.revision)
+    return Source(kind="hub", location=text, revision=commit, checkpoint=found, config=found.config)
+
+
+def _cut_depth(options: BuildOptions) -> dict[str, int]:
+    """Depths of a trial of `--num-layers` blocks, double and single ones in the model's ratio."""
+    count = options.num_layers
+    if count is None:
+        return {}
+    if options.family.architecture == "qwen":
+        return {"num_layers": count}
+    full = _DEPTHS["flux"]
+    double = round(count * full["num_layers"] / sum(full.values()))
+    double = min(max(double, 1), count - 1)
+    return {"num_layers": double, "num_single_layers": count - double}
+
+
+def _read_calibration(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            "front_depth": int(content["front_depth"]),
+            "representative_layers": tuple(int(i) for i in content["representative_layers"]),
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error!r}): it needs front_depth and representative_layers; "
+            "install the package again"
+        ) from error
+
+
+def choose_split(options: BuildOptions, source: Source) -> SplitChoice:
+    """K and L: as given, as measured on these weights, or the family's scaled to the depth.
+
+    Raises:
+        UsageError: they do not fit the model's depth; names the option.
+    """
+    family, depths = options.family, _DEPTHS[options.family.architecture]
+    sizes = [source.config.get(key, default) for key, default in depths.items()]
+    for key, size in zip(depths, sizes, strict=True):
+        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+            raise UsageError(f"the configuration's {key} is {size!r}; it must be a whole number")
+    count, full = sum(sizes), sum(depths.values())
+    if count < 1:
+        raise UsageError("the configuration has no layers; it needs at least one")
+    front_depth: int = family.front_depth
+    layers: tuple[int, ...] = family.representative_layers
+    reason = family.layers_source
+    if source.calibration:
+        front_depth = source.calibration["front_depth"]
+        layers = source.calibration["representative_layers"]
+        reason = "measured by calibrate-layers on these weights"
+    elif count != full:
+        front_depth = min(max(1, round(front_depth * count / full)), count - 1)
+        # Layers spread over a deep model can fall together in a shallow one.
+        scaled = (round(layer * count / full) for layer in layers)
+        layers = tuple(sorted({min(max(layer, front_depth), count - 1) for layer in scaled}))
+        reason = (
+            f"scaled from {full} layers to {count}, not measured; calibrate-layers measures this "
+            "model's"
+        )
+    if options.layers is not None:
+        layers, reason = options.layers, "given with --layers"
+    if options.front_depth is not None:
+        front_depth = options.front_depth
+        if options.layers is None and source.calibration == {} and count != full:
+            layers = tuple(sorted({max(layer, front_depth) for layer in layers}))
+    if front_depth >= count:
+        raise UsageError(
+            f"--front-depth is {front_depth}; allowed: 0 to {count - 1}, since the model has "
+            f"{count} layers and BACK needs one of them"
+        )
+    if list(layers) != sorted(set(layers)):
+        raise UsageError(f"--layers {','.join(map(str, layers))} must increase and not repeat")
+    for layer in layers:
+        if not front_depth <= layer < count:
+            raise UsageError(
+                f"representative layer {layer} is not a layer of BACK, which are {front_depth} to "
+                f"{count - 1}; choose others with --layers, or another --front-depth"
+            )
+    return SplitChoice(
+        num_layers=count,
+        front_depth=front_depth,
+        representative_layers=layers,
+        layers_source=reason,
+    )
+
+
+def fingerprint(
+    source: Source,
+    known: Mapping[str, Any],
+    on_bytes: Callable[[int, int], None] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """SHA-256 and file status of every weight file, by name; empty for random weights.
+
+    Args:
+        source: what `find_source` returned.
+        known: fingerprints of an earlier build, trusted where the file status is the same.
+        on_bytes: told the bytes hashed so far and the bytes to hash.
+    """
+    if source.checkpoint is None:
+        return {}
+    folder = source.checkpoint.folder
+    statuses = {name: _status_of(folder / name) for name in source.checkpoint.weights}
+    prints: dict[str, dict[str, Any]] = {}
+    for name, status in statuses.items():
+        entry = known.get(name)
+        if isinstance(entry, Mapping) and isinstance(entry.get("sha256"), str):
+            same = all(entry.get(key) == value for key, value in status.items())
+            if same:
+                prints[name] = {**status, "sha256": entry["sha256"]}
+    total = sum(status["num_bytes"] for name, status in statuses.items() if name not in prints)
+    done = 0
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if on_bytes is not None:
+            on_bytes(done, total)
+
+    for name in statuses:
+        if name not in prints:
+            prints[name] = _hash_stably(folder / name, advance)
+    return {name: prints[name] for name in statuses}
+
+
+def check_unchanged(source: Source, prints: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check that no weight file was touched since its fingerprint.
+
+    Raises:
+        CheckpointError: one was; names it.
+    """
+    if source.checkpoint is None:
+        return
+    for name, entry in prints.items():
+        status = _status_of(source.checkpoint.folder / name)
+        if any(entry[key] != value for key, value in status.items()):
+            raise CheckpointError(
+                f"{source.checkpoint.folder / name} changed while the engine set was built; "
+                "nothing was replaced. Build again when the file is complete"
+            )
+
+
+def _status_of(path: Path) -> dict[str, int]:
+    info = path.stat()
+    return {
+        "num_bytes": info.st_size,
+        "mtime_ns": info.st_mtime_ns,
+        "ctime_ns": info.st_ctime_ns,
+        "inode": info.st_ino,
+    }
+
+
+def _hash_stably(path: Path, on_bytes: Callable[[int], None]) -> dict[str, Any]:
+    """Hash a file so that any later change shows in its status."""
+    status = _status_of(path)
+    while time.time_ns() - status["ctime_ns"] in range(_TICK_NS):
+        time.sleep(_TICK_NS / 1e9)  # a write within the same tick would leave the times as they are
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+            on_bytes(len(block))
+    if _status_of(path) != status:
+        raise CheckpointError(f"{path} changed while it was read; build again when it is complete")
+    return {**status, "sha256": digest.hexdigest()}
+
+
+def describe(source: Source, prints: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The manifest's `source`."""
+    return {
+        "kind": source.kind,
+        "location": source.location,
+        "revision": source.revision,
+        "seed": source.seed,
+        "files": {name: dict(entry) for name, entry in prints.items()},
+    }
+
+
+def weights_identity(source: Source, prints: Mapping[str, Mapping[str, Any]]) -> Any:
+    """What of the weights enters the identity: their content, wherever it lies."""
+    if source.kind == "random":
+        return {"seed": source.seed}
+    return {name: entry["sha256"] for name, entry in prints.items()}

@@ -1,0 +1,411 @@
+"""The `edit-image` command."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ditrim.engines.console import CommandParser, Terminal, run_command
+from ditrim.plugins.errors import UsageError
+from ditrim.runtime.policy import FullContext, Policy, RandomDrop, ToPi
+
+if TYPE_CHECKING:
+    from ditrim.engines.backend import Engines
+    from ditrim.runtime.edit_results import EditRun
+    from ditrim.runtime.pipelines import EditRequest
+
+_EXAMPLES = """\
+  edit-image --engine engines-out/small --image in.png --prompt "make the red circle blue" \\
+      --output out.png
+  edit-image --engine <set> --image in.png --prompt "..." --output out.png \\
+      --policy topi --tau 0.85 --interval 10 --report report.json --mask-output mask.png
+  edit-image --engine <set> --image room.jpg --image lamp.jpg --prompt "..." --output out.png
+  edit-image --engine <set> --image in.png --prompt "..." --output out.png \\
+      --compare-full --strip strip.png"""
+_POLICIES = ("topi", "full", "random")
+_POLICY_OPTIONS = ("tau", "interval", "warmup", "score_every", "min_kept", "max_kept")
+_MAX_SEED = 2**32 - 1
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        "edit-image",
+        description="Edit a picture with an engine set. Between anchor steps, only the reference "
+        "tokens that matter are run.",
+        examples=_EXAMPLES,
+    )
+    edit = parser.add_argument_group("edit")
+    edit.add_argument("--engine", required=True, metavar="FOLDER", help="from build-engine")
+    edit.add_argument(
+        "--image",
+        required=True,
+        action="append",
+        metavar="FILE",
+        help="the picture to edit; again for further references, in order",
+    )
+    edit.add_argument("--prompt", required=True, metavar="TEXT", help="the instruction")
+    edit.add_argument("--output", required=True, metavar="FILE", help=".png, .jpg, .jpeg or .webp")
+    edit.add_argument("--steps", type=int, metavar="N", help="default: the pipeline's")
+    edit.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default: 0)")
+    edit.add_argument("--negative-prompt", metavar="TEXT", help="for true guidance")
+    edit.add_argument(
+        "--true-cfg-scale",
+        type=float,
+        metavar="X",
+        help="true classifier-free guidance, above 1 (two model calls a step); without "
+        '--negative-prompt against " "',
+    )
+    edit.add_argument(
+        "--guidance", type=float, metavar="X", help="embedded guidance scale (FLUX.1-Kontext)"
+    )
+    edit.add_argument("--width", type=int, metavar="PX", help="of the result")
+    edit.add_argument("--height", type=int, metavar="PX", help="of the result")
+    policy = parser.add_argument_group("policy")
+    policy.add_argument(
+        "--policy",
+        choices=_POLICIES,
+        default="topi",
+        help="topi (default), full: no reduction, random: as many tokens as topi, at random",
+    )
+    policy.add_argument(
+        "--tau", type=float, metavar="X", help="influence to keep, 0 to 1 (default: 0.85)"
+    )
+    policy.add_argument(
+        "--interval", type=int, metavar="N", help="steps between anchors (default: 10)"
+    )
+    policy.add_argument(
+        "--warmup", type=int, metavar="N", help="full steps before the first anchor (default: 0)"
+    )
+    policy.add_argument(
+        "--score-every", type=int, metavar="N", help="score every n-th noisy row (default: 1)"
+    )
+    policy.add_argument("--min-kept", type=int, metavar="N", help="tokens (default: 1)")
+    policy.add_argument("--max-kept", type=int, metavar="N", help="tokens (default: no bound)")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument(
+        "--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda or cuda:N"
+    )
+    machine.add_argument(
+        "--threads", type=int, default=0, metavar="N", help="CPU threads (default: one a core)"
+    )
+    machine.add_argument(
+        "--pipeline",
+        metavar="FOLDER|HUB-ID",
+        help="where VAE, text encoder and scheduler are (default: where the engine set's weights "
+        "came from)",
+    )
+    machine.add_argument(
+        "--verify",
+        choices=("sizes", "hashes"),
+        default="sizes",
+        help="how the engine set's files are checked (default: sizes)",
+    )
+    more = parser.add_argument_group("further results")
+    more.add_argument("--report", metavar="FILE", help="what every step did, as JSON")
+    more.add_argument(
+        "--mask-output", metavar="FILE", help="picture of the reference tokens that were kept"
+    )
+    more.add_argument(
+        "--compare-full",
+        action="store_true",
+        help="also run the full context with the same seed; gives PSNR and speed-up",
+    )
+    more.add_argument(
+        "--strip",
+        metavar="FILE",
+        help="with --compare-full: source | full context | pruned | kept-token mask",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `edit-image`; returns the exit code."""
+    return run_command(_parser, _edit, argv)
+
+
+def _edit(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
+    """Everything that can be refused is refused before the first step."""
+    with _warnings_noted(terminal):
+        policy = _policy_from(args, terminal)
+        _check_numbers(args)
+        _check_files(args, policy)
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported
+
+        from ditrim.runtime.images import open_picture
+        from ditrim.runtime.pipelines import EditRequest, check_request, load_pipeline
+
+        request = EditRequest(
+            images=tuple(open_picture(path) for path in args.image),
+            prompt=args.prompt,
+            negative_prompt=args.negative_prompt,
+            true_cfg_scale=args.true_cfg_scale,
+            guidance=args.guidance,
+            steps=args.steps,
+            width=args.width,
+            height=args.height,
+            seed=args.seed,
+        )
+        terminal.stage(f"loading {args.engine}")
+        from ditrim.engines.load import load_engines
+
+        engines = load_engines(
+            args.engine, device=args.device, threads=args.threads, verify=args.verify
+        )
+        engine_set = engines.engine_set
+        _silence_libraries()
+        pipe = load_pipeline(engine_set, args.pipeline, dtype=_component_dtype(engines))
+        if engines.device.type == "cuda":
+            pipe.to(engines.device)
+        takes_guidance = any(
+            spec.name == "guidance" for spec in engine_set.manifest.graphs["front"].inputs
+        )
+        check_request(pipe, request, takes_guidance=takes_guidance)
+
+        is_timed = args.compare_full or args.report is not None
+        full = None
+        if args.compare_full:
+            terminal.stage("warming up")
+            _warm_up(pipe, engines, policy, request)
+            full = _run(pipe, engines, FullContext(), request, terminal, is_timed, "full context")
+        run = _run(pipe, engines, policy, request, terminal, is_timed, f"{args.policy} policy")
+        return _write(args, terminal, engines, request, policy, run, full)
+
+
+def _policy_from(args: argparse.Namespace, terminal: Terminal) -> Policy:
+    given = {
+        name: getattr(args, name) for name in _POLICY_OPTIONS if getattr(args, name) is not None
+    }
+    topi = ToPi(**given)
+    if args.policy == "topi":
+        return topi
+    if args.policy == "random":
+        return RandomDrop(policy=topi, seed=args.seed)
+    if given:
+        names = ", ".join("--" + name.replace("_", "-") for name in given)
+        terminal.note(f"--policy full runs every token in every step; {names} has no effect")
+    return FullContext()
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    if not 0 <= args.seed <= _MAX_SEED:
+        raise UsageError(f"--seed must lie in [0, {_MAX_SEED}], got {args.seed}")
+    if args.steps is not None and not 1 <= args.steps <= 1000:
+        raise UsageError(f"--steps must lie in [1, 1000], got {args.steps}")
+    if args.threads < 0:
+        raise UsageError(f"--threads must be 0 (one a core) or more, got {args.threads}")
+    for option, value in (
+        ("--true-cfg-scale", args.true_cfg_scale),
+        ("--guidance", args.guidance),
+    ):
+        if value is not None and not 0.0 <= value <= 1000.0:
+            raise UsageError(f"{option} must lie in [0, 1000], got {value}")
+    for option, text in (("--prompt", args.prompt), ("--negative-prompt", args.negative_prompt)):
+        try:
+            (text or "").encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(f"{option} is not valid UTF-8: {error.reason}") from error
+    if not args.prompt.strip():
+        raise UsageError(
+            'the prompt is empty: an edit needs an instruction, as --prompt "make the sky darker"'
+        )
+
+
+def _check_files(args: argparse.Namespace, policy: Policy) -> None:
+    """Results can be written, and none replaces a source or another result."""
+    from ditrim.runtime.images import check_output, check_picture_output
+
+    if args.strip is not None and not args.compare_full:
+        raise UsageError("--strip shows the full-context picture too: add --compare-full")
+    if isinstance(policy, FullContext):
+        for option, is_given in (
+            ("--compare-full", args.compare_full),
+            ("--mask-output", args.mask_output is not None),
+        ):
+            if is_given:
+                raise UsageError(
+                    f"{option} needs a policy that drops tokens: --policy topi or random"
+                )
+    taken = {os.path.realpath(path): "--image" for path in args.image}
+    for option in ("--output", "--strip", "--mask-output", "--report"):
+        path = getattr(args, option[2:].replace("-", "_"))
+        if path is None:
+            continue
+        check = check_output if option == "--report" else check_picture_output
+        real = os.path.realpath(check(path, option))
+        if real in taken:
+            raise UsageError(f"{option} {path} is the file of {taken[real]} too; choose another")
+        taken[real] = option
+
+
+def _silence_libraries() -> None:
+    """Their progress bars; the command shows its own."""
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_logging.disable_progress_bar()
+
+
+def _component_dtype(engines: Engines) -> Any:
+    """Half precision on a GPU, and then bfloat16: text encoders overflow in float16."""
+    import torch
+
+    is_half = engines.device.type == "cuda" and engines.dtype != torch.float32
+    return torch.bfloat16 if is_half else None
+
+
+def _warm_up(pipe: Any, engines: Engines, policy: Policy, request: EditRequest) -> None:
+    """One anchor and one reduced step, so that the run measured first is not the slower for it."""
+    from dataclasses import replace
+
+    from ditrim.runtime.attachment import attach
+    from ditrim.runtime.pipelines import run_edit
+
+    topi = policy.policy if isinstance(policy, RandomDrop) else policy
+    assert isinstance(topi, ToPi)
+    with attach(pipe, engines, replace(topi, interval=2, warmup=0)):
+        run_edit(pipe, replace(request, steps=2))
+
+
+def _run(
+    pipe: Any,
+    engines: Engines,
+    policy: Policy,
+    request: EditRequest,
+    terminal: Terminal,
+    is_timed: bool,
+    title: str,
+) -> EditRun:
+    from ditrim.runtime.attachment import attach
+    from ditrim.runtime.edit_results import EditRun
+    from ditrim.runtime.pipelines import (
+        GridRecorder,
+        default_steps,
+        describe_references,
+        run_edit,
+        seen_references,
+    )
+
+    steps = request.steps or default_steps(pipe)
+    with attach(pipe, engines, policy, timing=is_timed) as attachment:
+        recorder = GridRecorder(attachment.transformer)
+        with _steps_shown(terminal, f"denoising, {title}", steps) as advance:
+
+            def on_step(done: int, total: int) -> None:
+                if terminal.interrupted_by is not None:  # a library may have swallowed it
+                    raise KeyboardInterrupt
+                record = attachment.report.steps[-1]
+                kept = record.num_kept / record.num_reference
+                advance(done, total, f"{record.role}, {kept:.0%} of reference tokens")
+
+            start = time.perf_counter()
+            image = run_edit(pipe, request, on_step)
+            seconds = time.perf_counter() - start
+        seen = seen_references(pipe, request.images, recorder.grids)
+        return EditRun(
+            image=image.convert("RGB"),
+            report=attachment.report,
+            seen=seen,
+            grids=recorder.grids,
+            geometry=describe_references(pipe, seen, image),
+            seconds=seconds,
+        )
+
+
+@contextmanager
+def _steps_shown(
+    terminal: Terminal, title: str, steps: int
+) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar of denoising steps on a terminal, one line elsewhere."""
+    if terminal.is_quiet or not terminal.console.is_terminal:
+        terminal.stage(f"{title}: {steps} steps")
+        yield lambda done, total, detail: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Remaining(elapsed_when_finished=True),
+        TextColumn("{task.fields[detail]}"),
+        console=terminal.console,
+    ) as bar:
+        task = bar.add_task(title, total=steps, detail="")
+        yield lambda done, total, detail: bar.update(
+            task, completed=done, total=total, detail=detail
+        )
+
+
+def _write(
+    args: argparse.Namespace,
+    terminal: Terminal,
+    engines: Engines,
+    request: EditRequest,
+    policy: Policy,
+    run: EditRun,
+    full: EditRun | None,
+) -> dict[str, Any]:
+    """Write every result that was asked for; returns what `--json` prints."""
+    from ditrim.runtime import edit_results as results
+    from ditrim.runtime.images import save_picture, write_file
+
+    metadata = results.picture_metadata(request, policy, engines)
+    content = {"output": args.output, **results.summarise_run(run, policy, request)}
+    save_picture(run.image, args.output, metadata)
+    if full is not None:
+        content["comparison"] = results.compare_runs(run, full)
+    if args.mask_output is not None:
+        save_picture(results.draw_mask(run), args.mask_output, metadata)
+        content["mask_output"] = args.mask_output
+    if args.strip is not None:
+        assert full is not None
+        strip = results.draw_comparison(request.prompt, policy, run, full, content["comparison"])
+        save_picture(strip, args.strip, metadata)
+        content["strip"] = args.strip
+    if args.report is not None:
+        text = results.report_of(content, request, args.image, engines, run, full)
+        write_file(args.report, text.encode())
+        content["report"] = args.report
+    _say(terminal, content, has_reduced=bool(run.report.of_role("reduced")))
+    return content
+
+
+def _say(terminal: Terminal, content: dict[str, Any], *, has_reduced: bool) -> None:
+    kept = f", {content['kept_ratio']:.0%} of them between anchor steps" if has_reduced else ""
+    terminal.say(
+        f"{content['output']}: {content['width']}x{content['height']}, {content['seconds']:.2f} s, "
+        f"{content['reference_tokens']} reference tokens{kept}"
+    )
+    if "comparison" in content:
+        compared = content["comparison"]
+        terminal.say(
+            f"against the full context ({compared['full_seconds']:.2f} s): "
+            f"{compared['psnr_db']:.1f} dB PSNR, {compared['speedup']:.2f}x as fast"
+        )
+    for key in ("strip", "mask_output", "report"):
+        if key in content:
+            terminal.say(f"{key.replace('_output', '')}: {content[key]}")
+
+
+@contextmanager
+def _warnings_noted(terminal: Terminal) -> Iterator[None]:
+    """Show this package's warnings as notes; with --verbose they are in the log already."""
+    if terminal.is_verbose:
+        yield
+        return
+
+    class Notes(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            terminal.note(record.getMessage())
+
+    package, handler = logging.getLogger("ditrim"), Notes(logging.WARNING)
+    package.addHandler(handler)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)

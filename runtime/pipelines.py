@@ -1,0 +1,306 @@
+"""The pipeline around an engine set: where it comes from, and one edit through it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ditrim.plugins.errors import DitrimError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from ditrim.engines.engine_set import EngineSet
+    from ditrim.runtime.overlay import TokenGrid
+
+SMALL_PIPELINE = "SmallEditPipeline"
+# Pipelines that take a list of references; the others read a list as a batch.
+_TAKES_MANY = (SMALL_PIPELINE, "QwenImageEditPlusPipeline")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditRequest:
+    """One edit, as a pipeline is asked for it; None means the pipeline's default.
+
+    Attributes:
+        images: references in order, RGB; the first is the picture to edit.
+        prompt: the instruction.
+        negative_prompt: of true classifier-free guidance.
+        true_cfg_scale: its strength.
+        guidance: the embedded guidance scale, for models that have one.
+        steps: denoising steps.
+        width, height: of the result, in pixels.
+        seed: of the noise, which is drawn on the CPU so that devices agree.
+    """
+
+    images: tuple[Image.Image, ...]
+    prompt: str
+    negative_prompt: str | None = None
+    true_cfg_scale: float | None = None
+    guidance: float | None = None
+    steps: int | None = None
+    width: int | None = None
+    height: int | None = None
+    seed: int = 0
+
+
+def load_pipeline(
+    engine_set: EngineSet, location: str | None = None, *, dtype: torch.dtype | None = None
+) -> Any:
+    """Load what surrounds the transformer: VAE, text encoder and scheduler.
+
+    Args:
+        engine_set: names the pipeline's class and where its weights came from.
+        location: a folder or hub id; by default where the engine set's weights came from.
+        dtype: of the components; the files' own by default.
+
+    Returns:
+        a diffusers pipeline. Its transformer is None, except for the small editor, whose weights
+        are at hand and let `attach` check that they are the engine set's.
+
+    Raises:
+        UsageError: there is no pipeline at that place, or it is of another class.
+        DitrimError: it cannot be downloaded or read.
+    """
+    manifest = engine_set.manifest
+    source = manifest.source
+    revision = None
+    if location is None:
+        if source["kind"] == "small":
+            from ditrim.runtime.small_editor import load_small_pipeline
+
+            return load_small_pipeline()
+        if source["kind"] not in ("folder", "hub"):
+            raise UsageError(
+                f"engine set {engine_set.folder} has {source['kind']} weights, so nothing says "
+                "where the VAE, the text encoder and the scheduler are: name them with --pipeline"
+            )
+        location = str(source["location"])
+        revision = source["revision"] if source["kind"] == "hub" else None
+    folder = _pipeline_folder(location)
+    if folder is None and not _is_hub_id(location):
+        raise UsageError(
+            f"pipeline {location} is neither a folder that exists nor a hub id (owner/name); "
+            "name one with --pipeline"
+        )
+    name = manifest.pipeline_class
+    if folder is not None:
+        found = _class_in(folder)
+        if found == SMALL_PIPELINE and manifest.architecture == "qwen":
+            from ditrim.runtime.small_editor import SmallEditPipeline
+
+            return SmallEditPipeline.from_pretrained(folder)
+        if found != name:
+            raise UsageError(f"pipeline {folder} is a {found}, the engine set needs a {name}")
+    import diffusers
+
+    options: dict[str, Any] = {} if dtype is None else {"torch_dtype": dtype}
+    if revision is not None:
+        options["revision"] = revision
+    try:
+        return getattr(diffusers, name).from_pretrained(
+            location if folder is None else folder,
+            transformer=None,
+            local_files_only=folder is not None,
+            **options,
+        )
+    except (OSError, ValueError) as error:
+        raise DitrimError(f"pipeline {location} cannot be loaded: {error}") from error
+
+
+def _pipeline_folder(location: str) -> Path | None:
+    """The folder of a pipeline, also if its transformer's folder is named; none if not a folder."""
+    folder = Path(location).expanduser()
+    if not folder.exists():
+        return None
+    if not folder.is_dir():
+        raise UsageError(f"pipeline {folder} is a file; give the folder of a diffusers pipeline")
+    for place in (folder, folder.resolve().parent):
+        if (place / "model_index.json").is_file():
+            return place
+    raise UsageError(
+        f"pipeline {folder} has no model_index.json: it holds no whole diffusers pipeline; name "
+        "one with --pipeline"
+    )
+
+
+def _is_hub_id(location: str) -> bool:
+    return location.count("/") == 1 and not location.startswith((".", "/", "~"))
+
+
+def _class_in(folder: Path) -> str:
+    try:
+        return str(json.loads((folder / "model_index.json").read_text("utf-8"))["_class_name"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{folder / 'model_index.json'} is damaged: {error!r}") from error
+
+
+def pipeline_name(pipe: Any) -> str:
+    """The class by which a pipeline is known here."""
+    return type(pipe).__name__
+
+
+def default_steps(pipe: Any) -> int:
+    """Denoising steps where nobody says how many."""
+    return int(_parameters(pipe)["num_inference_steps"].default)
+
+
+def check_request(pipe: Any, request: EditRequest, *, takes_guidance: bool) -> None:
+    """Check what a pipeline would ignore, misread or fail on.
+
+    Args:
+        pipe: from `load_pipeline`.
+        request: to be checked.
+        takes_guidance: the transformer has guidance embeddings.
+
+    Raises:
+        UsageError: names the option.
+    """
+    name = pipeline_name(pipe)
+    if len(request.images) > 1 and name not in _TAKES_MANY:
+        raise UsageError(
+            f"{len(request.images)} pictures were given with --image, and {name} takes one; "
+            "several references need qwen-edit-plus or qwen-edit-2511"
+        )
+    if request.guidance is not None and not takes_guidance:
+        raise UsageError(
+            f"--guidance {request.guidance:g}: this model has no guidance embeddings; use "
+            "--true-cfg-scale with --negative-prompt"
+        )
+    scale = request.true_cfg_scale
+    if scale is None:
+        scale = float(_parameters(pipe)["true_cfg_scale"].default)
+    if request.negative_prompt is not None and scale <= 1.0:
+        raise UsageError(
+            f"--negative-prompt has no effect at a true-cfg-scale of {scale:g}: give "
+            "--true-cfg-scale above 1"
+        )
+    unit = _pixel_unit(pipe)
+    for option, value in (("--width", request.width), ("--height", request.height)):
+        if value is not None and (value < unit or value % unit):
+            near = max(1, round(value / unit)) * unit
+            raise UsageError(f"{option} {value} is not a multiple of {unit}; the nearest is {near}")
+
+
+def _pixel_unit(pipe: Any) -> int:
+    """Pixels that a token spans."""
+    if pipeline_name(pipe) == SMALL_PIPELINE:
+        return int(pipe.patch_size)
+    return int(pipe.vae_scale_factor) * 2
+
+
+def _parameters(pipe: Any) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(pipe.__call__).parameters)
+
+
+def run_edit(
+    pipe: Any, request: EditRequest, on_step: Callable[[int, int], None] | None = None
+) -> Image.Image:
+    """Run one edit through a pipeline with an engine set attached.
+
+    Args:
+        pipe: from `load_pipeline`.
+        request: passed `check_request`.
+        on_step: told the steps done and the steps in all, after each.
+
+    Raises:
+        UsageError: what the pipeline says of values that it does not take.
+        DitrimError: the latents are not finite any more, or memory ran out.
+    """
+    import torch
+
+    def watch(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if not bool(torch.isfinite(tensors["latents"]).all()):
+            raise DitrimError(
+                f"the latents hold NaN or infinite values after step {index + 1}; nothing was "
+                "written. A lower precision than the model bears is the usual cause: build the "
+                "engine set with a higher --precision"
+            )
+        if on_step is not None:
+            on_step(index + 1, int(pipe.num_timesteps))
+        return {}
+
+    many = pipeline_name(pipe) in _TAKES_MANY
+    call: dict[str, Any] = {
+        "image": list(request.images) if many else request.images[0],
+        "prompt": request.prompt,
+        "generator": torch.Generator("cpu").manual_seed(request.seed),
+        "callback_on_step_end": watch,
+    }
+    optional = {
+        "negative_prompt": request.negative_prompt,
+        "true_cfg_scale": request.true_cfg_scale,
+        "guidance_scale": request.guidance,
+        "num_inference_steps": request.steps,
+        "width": request.width,
+        "height": request.height,
+    }
+    call |= {key: value for key, value in optional.items() if value is not None}
+    scale = request.true_cfg_scale
+    if scale is not None and scale > 1.0 and request.negative_prompt is None:
+        call["negative_prompt"] = " "  # as the Qwen-Image-Edit model card does
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        image: Image.Image = pipe(**call).images[0]
+    except DitrimError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{pipeline_name(pipe)}: {error}") from error
+    except torch.OutOfMemoryError as error:
+        raise DitrimError(
+            f"the GPU ran out of memory: {error}. Use a smaller picture or fewer references"
+        ) from error
+    return image
+
+
+def seen_references(
+    pipe: Any, images: Sequence[Image.Image], grids: Sequence[TokenGrid]
+) -> list[Image.Image]:
+    """The references as the model saw them, in the geometry of their token grids.
+
+    The small editor crops to a square; diffusers' pipelines only resize.
+    """
+    if pipeline_name(pipe) == SMALL_PIPELINE:
+        from ditrim.runtime.small_editor import fit_reference
+
+        return [fit_reference(image, is_first=index == 0) for index, image in enumerate(images)]
+    unit = _pixel_unit(pipe)
+    return [
+        image.resize((columns * unit, rows * unit))
+        for image, (rows, columns) in zip(images, grids, strict=True)
+    ]
+
+
+def describe_references(pipe: Any, seen: Sequence[Image.Image], result: Image.Image) -> str:
+    """The sizes of the references that a model saw, and where the result lies in the first."""
+    sizes = " and ".join(f"{image.width} x {image.height}" for image in seen)
+    if pipeline_name(pipe) == SMALL_PIPELINE and seen[0].width > result.width:
+        return f"{sizes} pixels, the picture is the middle {result.width} x {result.height}"
+    return f"{sizes} pixels"
+
+
+class GridRecorder:
+    """Notes the reference grids of the calls that a transformer gets."""
+
+    def __init__(self, transformer: Any) -> None:
+        """Watch `transformer`, an `EngineTransformer`."""
+        self.grids: list[TokenGrid] = []
+        transformer.register_forward_pre_hook(self._note, with_kwargs=True)
+
+    def _note(self, module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.grids:
+            return
+        shapes = kwargs.get("img_shapes")
+        if shapes is not None:
+            self.grids = [(int(h), int(w)) for _, h, w in shapes[0][1:]]
+            return
+        ids = kwargs["img_ids"].reshape(-1, 3)
+        ids = ids[ids[:, 0] != 0]
+        for index in sorted({int(value) for value in ids[:, 0]}):
+            rows = ids[ids[:, 0] == index]
+            self.grids.append((int(rows[:, 1].max()) + 1, int(rows[:, 2].max()) + 1))

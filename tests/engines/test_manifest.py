@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ditrim.engines.manifest import Manifest, canonical_json
+from ditrim.plugins.errors import EngineSetError
+
+
+@pytest.fixture
+def text(engine_folder: Path) -> str:
+    return (engine_folder / "manifest.json").read_text()
+
+
+def sealed(content: dict[str, Any]) -> str:
+    """The text of a manifest whose own hash is right, as a forger would make it."""
+    content.pop("manifest_sha256", None)
+    digest = hashlib.sha256(canonical_json(content).encode()).hexdigest()
+    return json.dumps(content | {"manifest_sha256": digest})
+
+
+def test_json_round_trip_keeps_every_field(text: str) -> None:
+    manifest = Manifest.from_json(text)
+    assert Manifest.from_json(manifest.to_json()) == manifest
+    assert manifest.to_json() == text
+    assert manifest.graphs["front"].inputs[0].shape[0] == "noisy"
+
+
+def test_edited_manifest_is_recognised(text: str) -> None:
+    with pytest.raises(EngineSetError, match="was edited after the build"):
+        Manifest.from_json(text.replace('"front_depth": 10', '"front_depth": 11'))
+
+
+def test_missing_seal_is_recognised(text: str) -> None:
+    content = json.loads(text)
+    del content["manifest_sha256"]
+    with pytest.raises(EngineSetError, match="was edited after the build"):
+        Manifest.from_json(json.dumps(content))
+
+
+def test_other_format_version_names_both(text: str) -> None:
+    content = json.loads(text) | {"format_version": 7, "new_key": 1}
+    with pytest.raises(EngineSetError, match=r"is of format version 7; .* reads format version 1"):
+        Manifest.from_json(sealed(content))
+
+
+def test_truncated_manifest_says_so(text: str) -> None:
+    with pytest.raises(EngineSetError, match=r"is not JSON .* truncated or damaged"):
+        Manifest.from_json(text[: len(text) // 2])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"surprise": 1}, "unknown key 'surprise'"),
+        ({"num_layers": "60"}, "key 'num_layers' must be a whole number, not text"),
+        ({"num_layers": True}, "key 'num_layers' must be a whole number, not true or false"),
+        ({"front_depth": -1}, "key 'front_depth' is -1; it must be 0 or more"),
+        ({"precision": "int8"}, "key 'precision' is 'int8'; allowed: fp32, fp16, bf16"),
+        ({"architecture": "unet"}, "key 'architecture' is 'unet'; allowed: qwen, flux"),
+        ({"graphs": {}}, "key 'graphs.front' is missing"),
+        ({"files": [{"path": "x"}]}, r"key 'files\[0\].num_bytes' is missing"),
+        ({"files": [3]}, r"key 'files\[0\]' must be an object, not a whole number"),
+        ({"ladder": {"rungs": [4, 2], "granularity": 1}}, "key 'ladder': .* must increase"),
+        ({"ladder": {"rungs": [4]}}, "key 'ladder.granularity' is missing"),
+        ({"limits": {"batch": 0, "noisy": 1, "text": 1}}, "key 'limits.batch' is 0"),
+        ({"representative_layers": ["a"]}, r"key 'representative_layers\[0\]' must be a whole"),
+        ({"command": None}, "key 'command' must be text, not null"),
+    ],
+)
+def test_wrong_keys_are_named_even_if_the_seal_is_forged(
+    text: str, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(EngineSetError, match=message):
+        Manifest.from_json(sealed(json.loads(text) | change))
+
+
+@pytest.mark.parametrize("key", ["identity", "ladder", "files", "backend_version"])
+def test_missing_keys_are_named(text: str, key: str) -> None:
+    content = json.loads(text)
+    del content[key]
+    with pytest.raises(EngineSetError, match=f"key '{key}' is missing"):
+        Manifest.from_json(sealed(content))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", "[" * 100_000, '{"format_version": true}'])
+def test_what_is_no_manifest_is_a_clear_error(text: str) -> None:
+    with pytest.raises(EngineSetError, match=r"manifest\.json"):
+        Manifest.from_json(text)
