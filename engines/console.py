@@ -179,8 +179,8 @@ def explain(error: BaseException, terminal: Terminal) -> tuple[int, str]:
     """The exit code and the message of an error; shows the traceback of an internal one."""
     if isinstance(error, KeyboardInterrupt) or terminal.interrupted_by is not None:
         if terminal.interrupted_by == signal.SIGTERM:
-            return EXIT_TERMINATED, "terminated; nothing was replaced"
-        return EXIT_INTERRUPTED, "interrupted; nothing was replaced"
+            return EXIT_TERMINATED, "terminated; nothing is left half done"
+        return EXIT_INTERRUPTED, "interrupted; nothing is left half done"
     if isinstance(error, DitrimError):
         return error.exit_code, str(error)
     if isinstance(error, OSError) and error.errno is not None:

@@ -25,7 +25,8 @@ BACKEND_DISTRIBUTIONS: dict[str, tuple[str, ...]] = {
 _DEVICES = {"onnxruntime": "any"}
 _LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript", "onnx-ir")
 _SOURCE_PACKAGES = ("ditrim.export", "ditrim.plugins")
-_ENGINE_MODULES = ("build.py", "ladder.py", "manifest.py", "options.py")
+# Patterns, so that a backend's graph passes count from the day they exist.
+_ENGINE_MODULES = ("build.py", "ladder.py", "manifest.py", "options.py", "*_graph.py")
 
 
 def backend_version(backend: str) -> str:
@@ -67,7 +68,8 @@ def source_digest() -> str:
         assert spec is not None
         for folder in spec.submodule_search_locations or []:
             files += [(f"{package}/{path.name}", path) for path in Path(folder).glob("*.py")]
-    files += [(f"engines/{name}", Path(__file__).with_name(name)) for name in _ENGINE_MODULES]
+    for pattern in _ENGINE_MODULES:
+        files += [(f"engines/{path.name}", path) for path in Path(__file__).parent.glob(pattern)]
     digest = hashlib.sha256()
     for name, path in sorted(files):
         digest.update(f"{name}\0".encode())

@@ -361,12 +361,19 @@ def _instantiate(family: Family, config: Mapping[str, Any], where: str) -> nn.Mo
             logger.warning("%s: key %r is not one of %s's; ignored", where, key, make.__name__)
     arguments = {key: value for key, value in config.items() if key in known}
     try:
-        model: nn.Module = make(**arguments)
+        model: Any = make(**arguments)
     except Exception as error:
         raise CheckpointError(
             f"{where}: diffusers cannot make a {make.__name__} of this configuration: {error}"
         ) from error
-    return model.eval().requires_grad_(False)
+    head_dim, axes = arguments.get("attention_head_dim", 128), model.config.axes_dims_rope
+    if sum(axes) != head_dim:
+        raise CheckpointError(
+            f"{where}: key 'attention_head_dim' is {head_dim}, and 'axes_dims_rope' {list(axes)} "
+            f"adds up to {sum(axes)}; the two must be equal"
+        )
+    module: nn.Module = model.eval().requires_grad_(False)
+    return module
 
 
 def check_overrides(family: Family, overrides: Iterable[str]) -> None:
@@ -462,7 +469,14 @@ def _load_checkpoint(
             raise CheckpointError(f"{checkpoint.folder / name} cannot be read: {error}") from error
     left = [name for name, value in model.named_parameters() if value.device.type == "meta"]
     assert not left, left
-    return model.to(dtype)  # buffers; the parameters are of the dtype already
+    return _converted(model, dtype)  # buffers; the parameters are of the dtype already
+
+
+def _converted(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Convert in place, past diffusers' own `to`, which warns at every call."""
+    from torch import nn
+
+    return nn.Module.to(model, dtype=dtype)
 
 
 def _num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
@@ -500,4 +514,4 @@ def random_transformer(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = _instantiate(family, config, "the configuration of the random weights")
-    return model.to(dtype)
+    return _converted(model, dtype)

@@ -106,13 +106,7 @@ def _decoded(path: Path, image: Image.Image) -> Image.Image:
         layer = _srgb(path, image.convert("RGBA"), profile)
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
     if image.mode not in ("L", "RGB", "CMYK"):
-        try:
-            image = image.convert("RGB")
-        except ValueError as error:
-            raise UsageError(
-                f"picture {path} is stored as {image.mode}, which cannot be converted; save it "
-                "as RGB"
-            ) from error
+        image = image.convert("RGB")
     return _srgb(path, image, profile).convert("RGB")
 
 
@@ -201,8 +195,12 @@ def save_picture(
     """
     path = Path(path)
     form = FORMATS[path.suffix.lower()]
-    options: dict[str, Any] = {"JPEG": {"quality": 95}, "WEBP": {"lossless": True}}.get(form, {})
-    if form == "PNG" and metadata:
+    options: dict[str, Any] = {}
+    if form == "JPEG":
+        options = {"quality": 95}
+    elif form == "WEBP":
+        options = {"lossless": True}
+    elif metadata:
         chunks = PngImagePlugin.PngInfo()
         for key, text in metadata.items():
             chunks.add_itxt(key, text)

@@ -171,7 +171,8 @@ def _wrapped(
 ) -> list[str]:
     """Lines no wider than `width`; what does not fit in `most` of them ends in an ellipsis."""
     lines = [""]
-    for word in text.split():
+    for whole in text.split():
+        word = whole if len(whole) <= 200 else whole[:200] + "..."
         joined = f"{lines[-1]} {word}".strip()
         if font.getlength(joined) <= width:
             lines[-1] = joined

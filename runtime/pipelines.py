@@ -241,6 +241,11 @@ def run_edit(
         "height": request.height,
     }
     call |= {key: value for key, value in optional.items() if value is not None}
+    if "max_area" in _parameters(pipe) and (request.width or request.height):
+        # Kontext scales the size it is given to this area.
+        usual = int(pipe.default_sample_size) * int(pipe.vae_scale_factor)
+        width, height = request.width or usual, request.height or usual
+        call |= {"width": width, "height": height, "max_area": width * height}
     scale = request.true_cfg_scale
     if scale is not None and scale > 1.0 and request.negative_prompt is None:
         call["negative_prompt"] = " "  # as the Qwen-Image-Edit model card does

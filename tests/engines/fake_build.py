@@ -76,6 +76,7 @@ def _signal_at(moment: str, number: int) -> None:
 
         def rmtree_and_fire(path: Path, **kwargs: Any) -> None:
             if (Path(path) / "manifest.json").exists():
+                shutil.rmtree = rmtree
                 fire()
             rmtree(path, **kwargs)
 

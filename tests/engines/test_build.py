@@ -245,8 +245,8 @@ def test_killed_first_build_leaves_nothing_loadable(tmp_path: Path, build_proces
 
 
 @pytest.mark.parametrize(("send", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
-@pytest.mark.parametrize("moment", ["Trace front", "Place"])
-def test_interrupted_build_says_so_and_leaves_only_the_previous_set(
+@pytest.mark.parametrize("moment", ["Trace front", "Place", "deleting the old set"])
+def test_interrupted_build_says_so_and_leaves_one_whole_set(
     engine_folder: Path, build_process: Process, moment: str, send: str, code: int
 ) -> None:
     stopped = build_process(
@@ -256,9 +256,10 @@ def test_interrupted_build_says_so_and_leaves_only_the_previous_set(
     answer = json.loads(stopped.stdout.splitlines()[-1])
     assert answer["ok"] is False
     assert answer["exit_code"] == code
-    assert "nothing was replaced" in answer["error"]
+    assert "nothing is left half done" in answer["error"]
     assert "Traceback" not in stopped.stderr
-    assert load_engine_set(engine_folder, verify="hashes").manifest.source["seed"] == 0
+    seed = load_engine_set(engine_folder, verify="hashes").manifest.source["seed"]
+    assert seed == (7 if moment == "deleting the old set" else 0)
     assert os.listdir(engine_folder.parent) == [engine_folder.name]
 
 
@@ -410,7 +411,7 @@ def test_real_build_interrupted_while_tracing_leaves_the_previous_set(
     process.send_signal(signal.SIGINT)
     rest = process.stderr.read()
     assert process.wait(60) == 130
-    assert "error: interrupted; nothing was replaced" in rest
+    assert "error: interrupted; nothing is left half done" in rest
     assert "Traceback" not in rest
     assert load_engine_set(engine_folder, verify="hashes").manifest.source["seed"] == 0
     assert os.listdir(engine_folder.parent) == [engine_folder.name]

@@ -125,8 +125,9 @@ def test_detach_restores_the_pipeline_exactly(family: str, loaded: Any) -> None:
 def test_an_error_inside_the_block_restores_the_pipeline(loaded: Any) -> None:
     pipe = tiny_pipeline("qwen-edit")
     transformer = pipe.transformer
-    with pytest.raises(RuntimeError, match="from a callback"), ditrim.attach(
-        pipe, loaded("qwen-edit")
+    with (
+        pytest.raises(RuntimeError, match="from a callback"),
+        ditrim.attach(pipe, loaded("qwen-edit")),
     ):
 
         def fail(*_: Any) -> None:
@@ -247,7 +248,8 @@ def test_lengths_beyond_the_built_ones_name_length_limit_and_command(loaded: Any
     with ditrim.attach(pipe, loaded("qwen-edit-plus")):
         too_long = request("qwen-edit-plus", num_references=8)
         with pytest.raises(
-            LadderError, match=r"(?s)reference tokens are more than .* holds \(\d+\).*build-engine "
+            LadderError,
+            match=r"(?s)reference tokens are more than .* holds \(\d+\).*build-engine "
             r".*--max-reference-tokens \d+",
         ):
             run(pipe, too_long)

@@ -20,9 +20,7 @@ def ladder(longest: int, granularity: int = 1) -> Ladder:
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.lists(
-        st.floats(0, 1e6, width=32) | st.sampled_from([0.0, 1.0]), min_size=1, max_size=40
-    ),
+    st.lists(st.floats(0, 1e6, width=32) | st.sampled_from([0.0, 1.0]), min_size=1, max_size=40),
     st.floats(0, 1),
 )
 def test_selection_is_the_smallest_set_that_holds_tau(scores: list[float], tau: float) -> None:

@@ -81,9 +81,7 @@ def test_a_run_can_be_stopped_and_resumed_elsewhere(tiny_engine_sets: Any) -> No
     first = ditrim.EditSession(engines, policy).denoise(**arguments)
     stopped = [next(first) for _ in range(2)][-1]
     first.close()
-    rest = list(
-        ditrim.EditSession(engines, policy).denoise(**arguments, resume=stopped.state)
-    )
+    rest = list(ditrim.EditSession(engines, policy).denoise(**arguments, resume=stopped.state))
     assert [step.index for step in rest] == [2, 3, 4]
     assert [r.role for step in rest for r in step.records] == ["reduced"] * 4 + ["anchor"] * 2
     for step, expected in zip(rest, whole[2:], strict=True):

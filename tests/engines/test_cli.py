@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from ditrim.engines.cli import main
+
+Capture = pytest.CaptureFixture[str]
+
+
+def test_build_prints_what_was_built(
+    fake_graphs: ModuleType, tmp_path: Path, capsys: Capture
+) -> None:
+    arguments = [*fake_graphs.ARGUMENTS, "--output", str(tmp_path / "set")]
+    assert main(arguments) == 0
+    printed = capsys.readouterr()
+    assert f"s: {tmp_path / 'set'}" in printed.out
+    assert "60 layers, front depth 10, scored layers 35, 37, 42 (ToPi App. C.3)" in printed.out
+    assert "Trace front" in printed.err
+    assert main([*arguments, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["ok"] is True
+    assert answer["is_reused"] is True
+    assert answer["ladder"] == [3, 6, 9, 12, 15, 18, 21, 24]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.startswith("unchanged, reused in")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--model qwen-edt", "unknown model 'qwen-edt'. Did you mean 'qwen-edit'?"),
+        ("--layers 1,x", "--layers: 'x' is not valid; give whole numbers with commas"),
+        ("--ladder 512;1024", "--ladder: '512;1024' is not valid"),
+        ("--resolution 1024", "--resolution: '1024' is not valid; give WIDTHxHEIGHT, as 1024x768"),
+        ("--resolution 1024xtall", "--resolution: 'tall' is not valid; give WIDTHxHEIGHT"),
+        ("--config num_layers", "--config: 'num_layers' is not valid; give KEY=VALUE"),
+        ("--config a=[1", "--config a: '[1' is not JSON; give a number"),
+        ("--config a=1 --config a=2", "--config: a is given twice"),
+        ("--rungs many", "argument --rungs: invalid int value: 'many'"),
+        ("--bogus", "unrecognized arguments: --bogus"),
+        ("--precision bf16", "use --precision fp32, or fp16 for the CUDA provider"),
+        ("--weights no/such/folder", "checkpoint no/such/folder does not exist"),
+    ],
+)
+def test_mistakes_are_2_with_a_message_and_no_traceback(
+    capsys: Capture, arguments: str, message: str
+) -> None:
+    assert main([*arguments.split(), "--json"]) == 2
+    printed = capsys.readouterr()
+    assert message in json.loads(printed.out)["error"]
+    assert "Traceback" not in printed.err
+
+
+def test_fp16_says_what_it_needs(fake_graphs: ModuleType, tmp_path: Path, capsys: Capture) -> None:
+    output = ["--output", str(tmp_path / "set")]
+    assert main([*fake_graphs.ARGUMENTS, *output, "--precision", "fp16"]) == 0
+    assert "note: fp16 graphs need ONNX Runtime's CUDA provider" in capsys.readouterr().err
+
+
+def test_help_has_examples(capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(["--help"])
+    assert raised.value.code == 0
+    assert "build-engine --preset small" in capsys.readouterr().out

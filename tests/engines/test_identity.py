@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError
+from typing import Any
+
+import pytest
+
+from ditrim.engines import identity
+from ditrim.engines.identity import backend_version, identity_of
+from ditrim.plugins.errors import BackendError
+
+INPUTS: dict[str, Any] = {
+    "options": {"a": 1},
+    "config": {"b": [1, 2]},
+    "weights": {"c": "0"},
+    "backend": "onnxruntime",
+}
+
+
+def test_equal_inputs_have_equal_identities() -> None:
+    assert identity_of(**INPUTS) == identity_of(**INPUTS | {"config": {"b": (1, 2)}})
+    assert len(identity_of(**INPUTS)) == 64
+
+
+@pytest.mark.parametrize("change", [{"options": {}}, {"config": {}}, {"weights": {"c": "1"}}])
+def test_any_input_changes_the_identity(change: dict[str, Any]) -> None:
+    assert identity_of(**INPUTS | change) != identity_of(**INPUTS)
+
+
+def test_gpu_distribution_counts_as_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name == "onnxruntime-gpu":
+            return "9.9"
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(identity, "version", version)
+    assert backend_version("onnxruntime") == "9.9"
+
+
+def test_missing_packages_are_named_with_how_to_install_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def version(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(identity, "version", version)
+    with pytest.raises(
+        BackendError, match=r"'onnxruntime' is not installed; .* pip install onnxru"
+    ):
+        backend_version("onnxruntime")
+    with pytest.raises(BackendError, match=r"needs torch, which is not installed; .* pip install"):
+        identity.library_versions()

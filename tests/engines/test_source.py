@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ditrim.engines import source as module
+from ditrim.engines.options import BuildOptions
+from ditrim.engines.source import choose_split, find_source, fingerprint
+from ditrim.plugins.errors import CheckpointError, UsageError
+
+
+def split_of(**given: Any) -> module.SplitChoice:
+    options = BuildOptions(weights="random", **given)
+    return choose_split(options, find_source(options))
+
+
+def test_released_depth_keeps_the_published_layers() -> None:
+    split = split_of()
+    assert (split.num_layers, split.front_depth) == (60, 10)
+    assert split.representative_layers == (35, 37, 42)
+    assert split.layers_source == "ToPi App. C.3"
+
+
+def test_cut_depth_scales_the_layers_and_says_so() -> None:
+    split = split_of(num_layers=12)
+    assert (split.num_layers, split.front_depth) == (12, 2)
+    assert split.representative_layers == (7, 8)
+    assert split.layers_source.startswith("scaled from 60 layers to 12, not measured")
+
+
+@pytest.mark.parametrize("count", range(2, 60, 7))
+@pytest.mark.parametrize("model", ["qwen-edit", "flux-kontext"])
+def test_every_depth_has_a_front_and_a_scored_back(model: str, count: int) -> None:
+    split = split_of(model=model, num_layers=count)
+    assert split.num_layers == count
+    assert 1 <= split.front_depth < count
+    assert split.representative_layers
+    assert all(split.front_depth <= layer < count for layer in split.representative_layers)
+
+
+def test_one_layer_is_all_back() -> None:
+    split = split_of(num_layers=1)
+    assert (split.front_depth, split.representative_layers) == (0, (0,))
+
+
+def test_flux_depth_is_cut_in_the_models_ratio() -> None:
+    config = find_source(BuildOptions(model="flux-kontext", weights="random", num_layers=6)).config
+    assert (config["num_layers"], config["num_single_layers"]) == (2, 4)
+    assert config["guidance_embeds"] is True
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"front_depth": 60}, r"--front-depth is 60; allowed: 0 to 59, since the model has 60"),
+        (
+            {"front_depth": 36},
+            r"representative layer 35 is not a layer of BACK, which are 36 to 59",
+        ),
+        ({"layers": (35, 60)}, r"representative layer 60 is not a layer of BACK, which are 10 to"),
+        ({"layers": (37, 35)}, r"--layers 37,35 must increase and not repeat"),
+        ({"config": {"num_layers": "many"}}, r"num_layers is 'many'; it must be a whole number"),
+        ({"config": {"num_layers": 0}}, r"has no layers; it needs at least one"),
+    ],
+)
+def test_impossible_splits_name_option_and_range(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        split_of(**given)
+
+
+def test_pipeline_folder_and_transformer_folder_are_the_same_source(pipeline_folder: Path) -> None:
+    whole = find_source(BuildOptions(weights=str(pipeline_folder)))
+    part = find_source(BuildOptions(weights=str(pipeline_folder / "transformer")))
+    assert whole.kind == part.kind == "folder"
+    assert whole.checkpoint == part.checkpoint
+    assert fingerprint(whole, {}) == fingerprint(part, {})
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("nowhere", r"--weights 'nowhere' is neither a folder that exists, nor a hub id"),
+        ("./nowhere", r"checkpoint nowhere does not exist; pass a folder"),
+        ("/no/where/at/all", r"checkpoint /no/where/at/all does not exist"),
+    ],
+)
+def test_weights_that_do_not_exist_are_a_clear_error(weights: str, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        find_source(BuildOptions(weights=weights))
+
+
+def test_revision_of_a_folder_is_refused(pipeline_folder: Path) -> None:
+    with pytest.raises(UsageError, match=r"--revision needs weights from the hub, and .* a folder"):
+        find_source(BuildOptions(weights=str(pipeline_folder), revision="main"))
+
+
+def test_preset_takes_its_own_calibration(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(pipeline_folder / "transformer", tmp_path / "transformer")
+    monkeypatch.setattr(module, "small_editor_folder", lambda: tmp_path)
+    options = BuildOptions(preset="small")
+    assert choose_split(options, find_source(options)).layers_source.startswith("scaled")
+    calibration = tmp_path / "calibration.json"
+    calibration.write_text(json.dumps({"front_depth": 2, "representative_layers": [2]}))
+    found = find_source(options)
+    split = choose_split(options, found)
+    assert found.kind == "small"
+    assert (split.front_depth, split.representative_layers) == (2, (2,))
+    assert split.layers_source == "measured by calibrate-layers on these weights"
+    calibration.write_text("{}")
+    with pytest.raises(CheckpointError, match=r"calibration\.json is damaged .*front_depth"):
+        find_source(options)
+
+
+def test_installation_without_the_small_editor_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(CheckpointError, match=r"lacks the small editor's weights .* install the"):
+        module.small_editor_folder()
