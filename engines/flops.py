@@ -117,9 +117,7 @@ def graph_products(
     if role == "front":
         products += [
             MatrixProduct(m=image, k=config["in_channels"], n=width),
-            MatrixProduct(
-                m=size.num_text * size.batch, k=config["joint_attention_dim"], n=width
-            ),
+            MatrixProduct(m=size.num_text * size.batch, k=config["joint_attention_dim"], n=width),
         ]
     else:
         patch = config["patch_size"] ** 2

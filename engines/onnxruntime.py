@@ -82,7 +82,12 @@ class OnnxRuntimeEngines:
         for name, tensor in inputs.items():
             if name in names:
                 binding.bind_input(
-                    name, device, index, _ELEMENT_TYPES[tensor.dtype], tensor.shape, _address(tensor)
+                    name,
+                    device,
+                    index,
+                    _ELEMENT_TYPES[tensor.dtype],
+                    tensor.shape,
+                    _address(tensor),
                 )
         for name, tensor in outputs.items():
             binding.bind_output(

@@ -90,7 +90,9 @@ def _check(arguments: argparse.Namespace) -> None:
         if value is not None and value < least:
             raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     if arguments.preset == "small" and (arguments.weights or arguments.set):
-        raise UsageError("--preset small has its own weights and scenes: leave --weights, --set out")
+        raise UsageError(
+            "--preset small has its own weights and scenes: leave --weights, --set out"
+        )
     if arguments.preset is None and arguments.set is None:
         raise UsageError("--set is missing: a folder with pictures and edits.jsonl")
 

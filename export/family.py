@@ -38,7 +38,7 @@ class Family:
     max_references: int
 
 
-_QWEN = {
+_QWEN: dict[str, Any] = {
     "architecture": "qwen",
     "transformer_class": "QwenImageTransformer2DModel",
     "front_depth": 10,

@@ -138,7 +138,7 @@ def trace_graph(
 
     parameters = list(inspect.signature(graph.forward).parameters)
     kwargs = {name: inputs[name] if name in names else None for name in parameters}
-    dims = {name: torch.export.Dim.DYNAMIC for name in {a for axes in _AXES.values() for a in axes}}
+    dims = dict.fromkeys({a for axes in _AXES.values() for a in axes}, torch.export.Dim.DYNAMIC)
     dynamic = {
         name: {i: dims[axis] for i, axis in enumerate(_AXES[name]) if isinstance(axis, str)}
         if name in names
@@ -274,7 +274,7 @@ def write_graph(model: ir.Model, folder: Path, role: str) -> list[str]:
             offset=base + start,
             length=end - start,
             dtype=tensor.dtype,
-            shape=tensor.shape,
+            shape=ir.Shape(tensor.shape.numpy()),
             name=name,
             base_dir=str(folder),
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -130,7 +130,7 @@ def modulate_pair(
 
 def run_blocks(
     architecture: str,
-    blocks: Sequence[nn.Module],
+    blocks: Iterable[nn.Module],
     hidden: Tensor,
     text: Tensor,
     temb: Tensor,

@@ -107,7 +107,7 @@ def attach(
         raise UsageError("an engine set is attached to this pipeline already; detach it first")
     loaded: Any = engines
     if not hasattr(engines, "run"):
-        loaded = load_engines(engines, device=device, threads=threads)  # type: ignore[arg-type]
+        loaded = load_engines(engines, device=device, threads=threads)
     if pipe.transformer is not None:
         _check_fit(pipe.transformer, loaded)
     transformer = EngineTransformer(loaded, policy if policy is not None else ToPi(), timing=timing)

@@ -245,8 +245,10 @@ def _check_files(args: argparse.Namespace, policy: Policy) -> None:
 def _silence_libraries() -> None:
     """Their progress bars; the command shows its own."""
     from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
     diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
 
 
 def _component_dtype(engines: Engines) -> Any:

@@ -361,13 +361,9 @@ class Denoiser:
                 continue
             width = self._input_widths.get("noisy_latents" if "latents" in name else name)
             if width is not None and tensor.shape[-1] != width:
-                raise UsageError(
-                    f"{name} has {tensor.shape[-1]} channels, the model takes {width}"
-                )
+                raise UsageError(f"{name} has {tensor.shape[-1]} channels, the model takes {width}")
             if tensor.shape[0] != batch:
-                raise UsageError(
-                    f"{name} has batch {tensor.shape[0]}, noisy_latents have {batch}"
-                )
+                raise UsageError(f"{name} has batch {tensor.shape[0]}, noisy_latents have {batch}")
             if is_first and not bool(torch.isfinite(tensor).all()):
                 raise UsageError(f"{name} hold NaN or infinite values")
         if self._takes_guidance and inputs.guidance is None:
@@ -389,9 +385,7 @@ def _last_axis(specs: object, name: str) -> int:
     raise AssertionError(f"the manifest has no tensor {name}")
 
 
-def _equal_text_groups(
-    mask: Tensor | None, batch: int
-) -> list[tuple[Tensor, Tensor | None]]:
+def _equal_text_groups(mask: Tensor | None, batch: int) -> list[tuple[Tensor, Tensor | None]]:
     """Batch entries with the same text mask, and the text tokens that each group keeps.
 
     A masked text token is a key for nobody and is not decoded, so removing it is exact.

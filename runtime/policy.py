@@ -80,9 +80,7 @@ class ToPi:
                 raise UsageError(
                     f"max_kept ({self.max_kept}) is less than min_kept ({self.min_kept})"
                 )
-        object.__setattr__(
-            self, "_schedule", Schedule(interval=self.interval, warmup=self.warmup)
-        )
+        object.__setattr__(self, "_schedule", Schedule(interval=self.interval, warmup=self.warmup))
 
     def role(self, step: int) -> Role:
         """See `Policy.role`."""

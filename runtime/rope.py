@@ -82,9 +82,7 @@ def flux_ids(grids: Sequence[Grid]) -> Tensor:
     """
     return torch.cat(
         [
-            torch.cartesian_prod(
-                torch.tensor([index]), torch.arange(height), torch.arange(width)
-            )
+            torch.cartesian_prod(torch.tensor([index]), torch.arange(height), torch.arange(width))
             for index, (_, height, width) in enumerate(grids)
         ]
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -82,10 +84,8 @@ class EditSession:
         """
         loaded: Any = engines
         if not hasattr(engines, "run"):
-            loaded = load_engines(engines, device=device, threads=threads)  # type: ignore[arg-type]
-        self._denoiser = Denoiser(
-            loaded, policy if policy is not None else ToPi(), timing=timing
-        )
+            loaded = load_engines(engines, device=device, threads=threads)
+        self._denoiser = Denoiser(loaded, policy if policy is not None else ToPi(), timing=timing)
         manifest = self._denoiser.engines.engine_set.manifest
         self._is_flux = manifest.architecture == "flux"
         self._axes = tuple(manifest.transformer_config["axes_dims_rope"])
@@ -157,9 +157,7 @@ class EditSession:
         branches = {"cond": (text_embeds, text_mask, pooled_text)}
         if true_cfg_scale != 1.0:
             if negative_text_embeds is None:
-                raise UsageError(
-                    f"true_cfg_scale = {true_cfg_scale} needs negative_text_embeds"
-                )
+                raise UsageError(f"true_cfg_scale = {true_cfg_scale} needs negative_text_embeds")
             branches["uncond"] = (negative_text_embeds, negative_text_mask, negative_pooled_text)
         reference = torch.cat(list(references), dim=1)
         self._denoiser.start_request()
@@ -208,7 +206,7 @@ class EditSession:
                         guidance=None if guidance is None else torch.full((batch,), guidance),
                         pooled_text=pooled,
                         rope_key=(tuple(grids), num_text),
-                        make_rope=lambda num_text=num_text: self._rope(grids, num_text),
+                        make_rope=functools.partial(self._rope, grids, num_text),
                     ),
                 ).float()
             velocity = velocities["cond"]
@@ -224,9 +222,7 @@ class EditSession:
                 latents=latents,
                 velocity=velocity,
                 records=tuple(denoiser.report.steps[before:]),
-                state=SessionState(
-                    index=index + 1, latents=latents, branches=denoiser.snapshot()
-                ),
+                state=SessionState(index=index + 1, latents=latents, branches=denoiser.snapshot()),
             )
 
     def _guided(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
@@ -249,7 +245,7 @@ def _checked_sigmas(sigmas: Sequence[float]) -> list[float]:
     levels = [float(sigma) for sigma in sigmas]
     if levels and levels[-1] != 0.0:
         levels.append(0.0)
-    if len(levels) < 2 or any(b >= a for a, b in zip(levels, levels[1:], strict=False)):
+    if len(levels) < 2 or any(b >= a for a, b in itertools.pairwise(levels)):
         raise UsageError(f"sigmas must decrease and hold at least one level above 0, got {sigmas}")
     if not 0.0 < levels[0] <= 1.0:
         raise UsageError(f"sigmas must lie in (0, 1], got {levels[0]}")

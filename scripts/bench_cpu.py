@@ -169,9 +169,7 @@ def main() -> int:
         rope_key=("bench",),
         make_rope=lambda: qwen_rope(grids, text, config["axes_dims_rope"], torch.device("cpu")),
     )
-    denoisers = {
-        f"rung {rung}": Denoiser(engines, FixedCount(count=rung)) for rung in rungs
-    }
+    denoisers = {f"rung {rung}": Denoiser(engines, FixedCount(count=rung)) for rung in rungs}
     denoisers["full"] = Denoiser(engines, FullContext())
     denoisers["anchor"] = Denoiser(engines, ToPi(interval=1))
 
@@ -193,7 +191,10 @@ def main() -> int:
         "threads": threads,
         "repeats": arguments.repeats,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"torch": torch.__version__, "onnxruntime": engine_set.manifest.backend_version},
+        "versions": {
+            "torch": torch.__version__,
+            "onnxruntime": engine_set.manifest.backend_version,
+        },
         "tokens": tokens,
         "text": text,
     }
@@ -265,9 +266,7 @@ def summarise(
     back_flops = sum(p.flops for p in products)
     anchor_records = denoisers["anchor"].report.steps[1:]
     # Paired by repeat: an anchor step less the unscored step that ran beside it.
-    scoring = statistics.median(
-        a - f for a, f in zip(times["anchor"], times["full"], strict=True)
-    )
+    scoring = statistics.median(a - f for a, f in zip(times["anchor"], times["full"], strict=True))
     select = statistics.median(r.select_ms for r in anchor_records)
     shares = {}
     for fraction in (0.5, 0.75):

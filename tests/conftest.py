@@ -1,4 +1,4 @@
-"""Engine sets of tiny models, built once a session, and the path to the helpers beside this file."""
+"""Engine sets of tiny models, built once a session; the path to the helpers beside this file."""
 
 from __future__ import annotations
 

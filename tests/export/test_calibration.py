@@ -46,9 +46,7 @@ def test_sensitivity_is_the_attention_mass_on_references(family: str) -> None:
             recorded = transformer(**call.kwargs)[0]
         again = transformer(**call.kwargs)[0]
     np.testing.assert_allclose(recorder.raw, [expected], rtol=1e-5)
-    np.testing.assert_allclose(
-        np.array(recorder.mass) * 3 * call.num_noisy, [expected], rtol=1e-5
-    )
+    np.testing.assert_allclose(np.array(recorder.mass) * 3 * call.num_noisy, [expected], rtol=1e-5)
     assert torch.allclose(recorded, plain, atol=1e-4)
     assert torch.equal(again, plain)  # restored
     assert not any(block._forward_pre_hooks for block in blocks_of(transformer))

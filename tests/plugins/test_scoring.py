@@ -146,7 +146,7 @@ def test_shapes_and_dtypes_that_do_not_fit_are_named() -> None:
     q, k, b = torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5)
     with pytest.raises(ValueError, match=r"queries \(B, H, R, D\).*got \(2, 3, 4\)"):
         log_sum_exp(q[0], k, b, 1.0)
-    with pytest.raises(ValueError, match="float32 bias; got torch.float32, torch.float16"):
+    with pytest.raises(ValueError, match=r"float32 bias; got torch\.float32, torch\.float16"):
         log_sum_exp(q, k.half(), b, 1.0)
 
 

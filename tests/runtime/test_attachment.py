@@ -125,15 +125,16 @@ def test_detach_restores_the_pipeline_exactly(family: str, loaded: Any) -> None:
 def test_an_error_inside_the_block_restores_the_pipeline(loaded: Any) -> None:
     pipe = tiny_pipeline("qwen-edit")
     transformer = pipe.transformer
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("from a callback")
+
+    arguments = request("qwen-edit") | {"callback_on_step_end": fail}
     with (
         pytest.raises(RuntimeError, match="from a callback"),
         ditrim.attach(pipe, loaded("qwen-edit")),
     ):
-
-        def fail(*_: Any) -> None:
-            raise RuntimeError("from a callback")
-
-        run(pipe, request("qwen-edit") | {"callback_on_step_end": fail})
+        run(pipe, arguments)
     assert pipe.transformer is transformer
 
 

@@ -480,6 +480,7 @@ def test_kontext_pipeline_is_found_beside_the_weights_and_agrees_with_torch(
         num_inference_steps=4,
         guidance_scale=2.5,
         generator=torch.Generator().manual_seed(0),
+        max_area=64 * 64,
         **size,
     ).images[0]
     found = np.asarray(Image.open(tmp_path / "out.png"))
