@@ -401,9 +401,14 @@ def _warnings_noted(terminal: Terminal) -> Iterator[None]:
         yield
         return
 
+    said: set[str] = set()  # --compare-full runs everything more than once
+
     class Notes(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            terminal.note(record.getMessage())
+            message = record.getMessage()
+            if message not in said:
+                said.add(message)
+                terminal.note(message)
 
     package, handler = logging.getLogger("ditrim"), Notes(logging.WARNING)
     package.addHandler(handler)

@@ -110,7 +110,13 @@ def load_pipeline(
             **options,
         )
     except (OSError, ValueError) as error:
-        raise DitrimError(f"pipeline {location} cannot be loaded: {error}") from error
+        if folder is not None:
+            raise DitrimError(f"pipeline {folder} cannot be loaded: {error}") from error
+        raise DitrimError(
+            f"pipeline {location} is not in the local cache of the hub and cannot be downloaded: "
+            "check the name, the connection and, for gated models, that you are logged in; or "
+            f"name a folder with --pipeline. The hub's library says: {error}"
+        ) from error
 
 
 def _pipeline_folder(location: str) -> Path | None:

@@ -45,11 +45,19 @@ NUM_NOISY = (PICTURE_SIZE // 4) ** 2
 # Padding every batch to one length keeps the shapes few, which `--compile` needs.
 LONGEST_PROMPT = "add the object of the second picture in the bottom right corner"
 # One batch has one layout: (probability, size of the first reference, categories with weights).
-BUCKETS: tuple[tuple[float, str, tuple[tuple[str, float], ...]], ...] = (
+Buckets = tuple[tuple[float, str, tuple[tuple[str, float], ...]], ...]
+BUCKETS: Buckets = (
     (0.48, "same", (("local", 0.65), ("global", 0.25), ("camera", 0.10))),
     (0.28, "large", (("local", 0.48), ("global", 0.20), ("camera", 0.32))),
     (0.17, "same", (("transfer", 1.0),)),
     (0.07, "large", (("transfer", 1.0),)),
+)
+# The same from the second phase on, when global edits are nearly learnt.
+SECOND_BUCKETS: Buckets = (
+    (0.54, "same", (("local", 0.75), ("global", 0.17), ("camera", 0.08))),
+    (0.25, "large", (("local", 0.52), ("global", 0.14), ("camera", 0.34))),
+    (0.15, "same", (("transfer", 1.0),)),
+    (0.06, "large", (("transfer", 1.0),)),
 )
 
 
@@ -66,6 +74,11 @@ class TrainingConfig:
     weight_decay: float = 0.01
     ema_decay: float = 0.998
     caption_dropout: float = 0.08
+    # The first phase learns to copy. The second attends to what the instruction changes: it draws
+    # more of the high noise levels, at which that is decided, and weighs edited pixels more.
+    second_phase: int = 2000  # its first step
+    sigma_shift: float = 2.5
+    edit_weight: float = 3.0  # added to 1 inside the edit mask of local edits and transfers
     num_layers: int = 6
     optimizer: str = "adamw"
 
@@ -93,7 +106,9 @@ class EditBatches(torch.utils.data.Dataset[dict[str, Any]]):
     def __getitem__(self, step: int) -> dict[str, Any]:
         config = self.config
         rng = training_generator(config.seed, step)
-        _, size, categories = BUCKETS[rng.choice(len(BUCKETS), p=[b[0] for b in BUCKETS])]
+        is_second = step >= config.second_phase
+        buckets = SECOND_BUCKETS if is_second else BUCKETS
+        _, size, categories = buckets[rng.choice(len(buckets), p=[b[0] for b in buckets])]
         names, weights = zip(*categories, strict=True)
         edits = [
             sample_edit(rng, str(rng.choice(names, p=weights)), "train", size)  # type: ignore[arg-type]
@@ -103,10 +118,16 @@ class EditBatches(torch.utils.data.Dataset[dict[str, Any]]):
         prompts = ["" if drop else e.prompt for e, drop in zip(edits, dropped, strict=True)]
         tokens, mask = self.tokenizer([*prompts, LONGEST_PROMPT])
         strata = (np.arange(config.batch_size) + rng.random(config.batch_size)) / config.batch_size
+        sigma = rng.permutation(strata).astype(np.float32)
+        masks = np.stack([edit.edit_mask for edit in edits]).astype(np.float32)
+        masks *= np.array([edit.category in ("local", "transfer") for edit in edits])[:, None, None]
+        if is_second:
+            sigma = config.sigma_shift * sigma / (1 + (config.sigma_shift - 1) * sigma)
         return {
             "tokens": torch.tensor(tokens[:-1]),
             "mask": torch.tensor(mask[:-1], dtype=torch.bool),
-            "sigma": torch.from_numpy(rng.permutation(strata).astype(np.float32)),
+            "sigma": torch.from_numpy(sigma),
+            "weight": torch.from_numpy(1 + masks * (config.edit_weight if is_second else 0.0)),
             "noise": torch.from_numpy(
                 rng.standard_normal((config.batch_size, NUM_NOISY, 48), dtype=np.float32)
             ),
@@ -273,7 +294,7 @@ def resolve_device(name: str) -> torch.device:
 def flow_matching_loss(
     trainee: Trainee, batch: dict[str, Any], vae: PixelVAE, device: torch.device, precision: str
 ) -> torch.Tensor:
-    """Mean squared error of the predicted velocity, over one batch."""
+    """Mean squared error of the predicted velocity over one batch, each pixel by its weight."""
     target = vae.encode(batch["target"].to(device))  # (B, G, 48)
     references = [vae.encode(reference.to(device)) for reference in batch["references"]]
     noise, sigma = batch["noise"].to(device), batch["sigma"].to(device)
@@ -288,7 +309,8 @@ def flow_matching_loss(
             batch["mask"].to(device),
             grids,
         )
-    return F.mse_loss(velocity.float(), noise - target)
+    weight = vae.encode(batch["weight"].to(device)[:, None].expand(-1, 3, -1, -1))  # (B, G, 48)
+    return (weight * (velocity.float() - (noise - target)).square()).mean()
 
 
 def update_average(average: nn.Module, trainee: nn.Module, step: int, decay: float) -> None:

@@ -247,8 +247,6 @@ def test_comparison_leaves_a_strip_in_the_references_own_geometry(
     assert content["comparison"]["psnr_db"] < 99
     # Four panels 288 high; two of them hold 288 of the large reference and 192 of the other.
     assert Image.open(strip).width == 2 * 20 + 3 * 16 + 2 * (288 + 16 + 192) + 2 * 288
-    full, _ = (edit(policy="full", interval=None), (tmp_path / "out.png").read_bytes())
-    assert full[0] == 0
 
 
 def test_true_guidance_without_a_negative_prompt_runs_a_second_branch(
@@ -291,9 +289,9 @@ def test_policy_options_that_have_no_effect_are_noted(edit: Run) -> None:
 
 def test_prompt_of_ten_thousand_words_is_cut_with_a_note(edit: Run, tmp_path: Path) -> None:
     prompt = "make the picture grey " * 2500
-    code, _, shown = edit(prompt=prompt)
+    code, _, shown = edit("--compare-full", prompt=prompt, steps=2)
     assert code == 0
-    assert "10000 words" in " ".join(shown.split())
+    assert " ".join(shown.split()).count("10000 words") == 1
     with Image.open(tmp_path / "out.png") as picture:
         assert picture.text["prompt"] == prompt  # type: ignore[attr-defined]
 
@@ -372,7 +370,21 @@ def test_pipeline_folder_of_another_class_or_damaged_is_refused(tmp_path: Path) 
     index.write_text(
         '{"_class_name": "FluxKontextPipeline", "vae": ["diffusers", "AutoencoderKL"]}'
     )
-    with pytest.raises(DitrimError, match="cannot be loaded"):
+    with pytest.raises(DitrimError, match=r"pipeline \S+ cannot be loaded"):
+        load_pipeline(engine_set)
+
+
+def test_hub_pipeline_that_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    manifest = SimpleNamespace(
+        source={"kind": "hub", "location": "nobody/nothing-of-the-kind", "revision": "main"},
+        pipeline_class="FluxKontextPipeline",
+        architecture="flux",
+    )
+    engine_set: Any = SimpleNamespace(manifest=manifest, folder="set")
+    with pytest.raises(DitrimError, match=r"nobody/nothing-of-the-kind is not in the local cache"):
         load_pipeline(engine_set)
 
 
