@@ -18,6 +18,7 @@ def load_engines(
     device: str = "auto",
     threads: int = 0,
     verify: Literal["sizes", "hashes"] = "sizes",
+    allow_other_version: bool = False,
 ) -> Engines:
     """Load an engine set once; any number of sessions and threads can share the result.
 
@@ -26,13 +27,16 @@ def load_engines(
         device: "auto", "cpu", "cuda" or "cuda:N".
         threads: CPU threads of a graph; 0 means one a core.
         verify: check file sizes, or also every SHA-256.
+        allow_other_version: accept another version of the backend than the set was built for.
 
     Raises:
         EngineSetError: the set is missing, damaged or made by another version.
         BackendError: its backend is not there or cannot run it.
     """
     if not isinstance(engine_set, EngineSet):
-        engine_set = load_engine_set(engine_set, verify=verify)
+        engine_set = load_engine_set(
+            engine_set, verify=verify, allow_other_version=allow_other_version
+        )
     if engine_set.manifest.backend == "onnxruntime":
         from ditrim.engines.onnxruntime import OnnxRuntimeEngines
 

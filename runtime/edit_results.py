@@ -102,11 +102,13 @@ def draw_comparison(
     num_tokens = run.report.steps[0].num_reference
     num_steps = 1 + max(record.step for record in run.report.steps)
     num_anchors = len(selections_of(run.report))
+    anchors = "1 anchor step" if num_anchors == 1 else f"{num_anchors} anchor steps"
+    chosen = ", at random," if isinstance(policy, RandomDrop) else ""
     panels = [
         Panel(
             title="source",
             picture=kept_mask_picture(run.seen, run.grids, [np.arange(num_tokens)]),
-            note=f"{run.geometry}: {num_tokens} reference tokens",
+            note=f"{num_tokens} reference tokens: {run.geometry}",
         ),
         Panel(
             title="full context",
@@ -122,8 +124,8 @@ def draw_comparison(
         Panel(
             title="kept-token mask",
             picture=draw_mask(run),
-            note=f"{run.report.kept_ratio:.0%} of the tokens kept after {num_anchors} anchor "
-            f"steps (tau {topi.tau:g}, interval {topi.interval})",
+            note=f"{run.report.kept_ratio:.0%} of the tokens kept{chosen} after {anchors} "
+            f"(tau {topi.tau:g}, interval {topi.interval})",
         ),
     ]
     return draw_strip(panels, f'"{prompt}"')

@@ -20,9 +20,7 @@ ALLOWED = {
     "runtime": {"plugins", "engines"},
 }
 MODULES = sorted(
-    path.relative_to(ROOT)
-    for package in PACKAGES
-    for path in (ROOT / package).rglob("*.py")
+    path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py")
 )
 
 

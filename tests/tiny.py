@@ -35,15 +35,17 @@ FLUX_CONFIG: dict[str, Any] = {
 }
 
 
-def tiny_transformer(family: str, seed: int = 0) -> Any:
-    """A 4-block float32 transformer whose every parameter matters (none is left at zero)."""
+def tiny_transformer(family: str, seed: int = 0, num_layers: int = 4) -> Any:
+    """A float32 transformer whose every parameter matters (none is left at zero)."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if family == "flux-kontext":
-            model: Any = FluxTransformer2DModel(**FLUX_CONFIG)
+            depths = {"num_layers": num_layers // 2, "num_single_layers": num_layers // 2}
+            model: Any = FluxTransformer2DModel(**(FLUX_CONFIG | depths))
         else:
-            extra = {"zero_cond_t": True} if family == "qwen-edit-2511" else {}
-            model = QwenImageTransformer2DModel(**QWEN_CONFIG, **extra)
+            extra: dict[str, Any] = {"zero_cond_t": family == "qwen-edit-2511"}
+            extra |= {"num_layers": num_layers}
+            model = QwenImageTransformer2DModel(**(QWEN_CONFIG | extra))
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.data.normal_(std=0.7 * parameter.shape[-1] ** -0.5)

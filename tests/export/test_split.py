@@ -72,16 +72,22 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-@pytest.mark.parametrize("front_depth", [0, 1, 2])
+@pytest.mark.parametrize("front_depth", [0, 1, 2, "default"])
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_front_and_back_at_full_length_equal_the_unmodified_transformer(
-    family: str, front_depth: int, geometry: dict[str, Any]
+    family: str, front_depth: int | str, geometry: dict[str, Any]
 ) -> None:
-    transformer = tiny_transformer(family)
+    num_layers = 4
+    if front_depth == "default":
+        front_depth, num_layers = FAMILIES[family].front_depth, 12
+    assert isinstance(front_depth, int)
+    transformer = tiny_transformer(family, num_layers=num_layers)
     call = make_call(family, **geometry)
     with torch.no_grad():
         expected = transformer(**call.kwargs)[0][:, : call.num_noisy]
-    point = SplitPoint(num_layers=4, front_depth=front_depth, representative_layers=(3,))
+    point = SplitPoint(
+        num_layers=num_layers, front_depth=front_depth, representative_layers=(num_layers - 1,)
+    )
     velocity, _ = run_split(transformer, call, point)
     assert relative_error(velocity, expected) < 1e-5
 
