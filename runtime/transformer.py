@@ -75,6 +75,7 @@ class EngineTransformer(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
+        *,
         encoder_hidden_states: Tensor | None = None,
         encoder_hidden_states_mask: Tensor | None = None,
         timestep: Tensor | None = None,

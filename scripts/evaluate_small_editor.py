@@ -25,7 +25,12 @@ from PIL import Image
 import ditrim.runtime as ditrim
 from ditrim.engines.load import load_engines
 from ditrim.runtime.small_editor import load_small_pipeline
-from ditrim.runtime.small_editor.scenes import held_out_edits
+from ditrim.runtime.small_editor.scenes import (
+    CATEGORIES,
+    EditExample,
+    held_out_edits,
+    sample_edit,
+)
 
 CAP_DB = 100.0
 
@@ -44,12 +49,32 @@ def bootstrap_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]
     return float(low), float(high)
 
 
+def choose_edits(count: int, split: str, seed: int) -> list[EditExample]:
+    """Held-out edits to report, or training scenes to tune on."""
+    if split == "held-out":
+        return held_out_edits(count, seed=seed)
+    return [
+        sample_edit(
+            np.random.default_rng([seed, index, 0x7E57]),
+            category=CATEGORIES[index % len(CATEGORIES)],
+            split="train",
+        )
+        for index in range(count)
+    ]
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--engine", type=Path, required=True, help="engine set of the small editor")
-    parser.add_argument("--edits", type=int, default=64, help="held-out edits (default 64)")
+    parser.add_argument("--edits", type=int, default=64, help="how many (default 64)")
+    parser.add_argument(
+        "--split",
+        choices=("held-out", "train"),
+        default="held-out",
+        help="scenes to report on, or to tune on (default held-out)",
+    )
     parser.add_argument("--tau", type=float, default=0.85)
     parser.add_argument("--interval", type=int, default=10)
     parser.add_argument("--steps", type=int, default=40)
@@ -59,7 +84,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def evaluate(
-    engine: Path, edits: int, tau: float, interval: int, steps: int, seed: int
+    engine: Path, edits: int, tau: float, interval: int, steps: int, seed: int, split: str
 ) -> dict[str, Any]:
     """Run all edits and gather the figures."""
     from rich.progress import track
@@ -74,7 +99,7 @@ def evaluate(
         "random": ditrim.RandomDrop(policy=topi),
     }
     rows = []
-    examples = held_out_edits(edits, seed=seed)
+    examples = choose_edits(edits, split, seed)
     for index, example in enumerate(
         track(examples, "editing", transient=True, disable=not sys.stderr.isatty())
     ):
@@ -106,6 +131,7 @@ def evaluate(
         "interval": interval,
         "steps": steps,
         "seed": seed,
+        "split": split,
         "engine_identity": engines.engine_set.manifest.identity,
     }
     for name in ("all", *sorted({row["category"] for row in rows})):
@@ -133,6 +159,7 @@ def main() -> int:
         arguments.interval,
         arguments.steps,
         arguments.seed,
+        arguments.split,
     )
     if arguments.output:
         arguments.output.write_text(json.dumps(result, indent=2) + "\n")

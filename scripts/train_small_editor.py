@@ -60,17 +60,19 @@ SECOND_BUCKETS: Buckets = (
     (0.06, "large", (("transfer", 1.0),)),
 )
 
+# Learning rate from the level part on: (share of the steps, share of the rate), linear between.
+DECAY: tuple[tuple[float, float], ...] = ((2800 / 4700, 1.0), (3500 / 4700, 5 / 12), (1.0, 0.0))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingConfig:
     """What decides a run's weights, next to the library versions."""
 
-    steps: int = 6000
+    steps: int = 4700
     seed: int = 0
     batch_size: int = 16
     learning_rate: float = 1e-3
     warm_up: int = 150
-    decay_share: float = 0.3  # of the steps, at the end
     weight_decay: float = 0.01
     ema_decay: float = 0.998
     caption_dropout: float = 0.08
@@ -83,13 +85,14 @@ class TrainingConfig:
     optimizer: str = "adamw"
 
     def rate(self, step: int) -> float:
-        """The learning rate of `step`: linear warm-up, level, then linear to zero.
+        """The learning rate of `step`: linear warm-up, level, then down as `DECAY` says.
 
         Until the decay begins the number of steps does not matter, so that a run may be resumed
         with another one and still be the run that had it from the start.
         """
         rise = (step + 1) / self.warm_up
-        fall = (self.steps - step) / (self.decay_share * self.steps)
+        ends, shares = zip(*DECAY, strict=True)
+        fall = float(np.interp(step, [end * self.steps for end in ends], shares))
         return self.learning_rate * min(1.0, rise, fall)
 
 
@@ -337,7 +340,7 @@ def load_checkpoint(path: Path, config: TrainingConfig) -> dict[str, Any]:
     changed = {
         key: (value, asdict(config)[key])
         for key, value in state["config"].items()
-        if key != "steps" and value != asdict(config)[key]
+        if key != "steps" and value != asdict(config).get(key, value)
     }
     if changed:
         raise SystemExit(f"--resume: options differ from the checkpoint's (old, new): {changed}")

@@ -63,9 +63,12 @@ def test_resume_with_other_options_is_refused(trainer, tiny_config, tmp_path):
 
 def test_more_steps_leave_the_level_part_of_the_rate_as_it_was(trainer):
     short, long = (trainer.TrainingConfig(steps=steps) for steps in (1000, 2000))
-    assert [short.rate(s) for s in range(700)] == [long.rate(s) for s in range(700)]
+    assert [short.rate(s) for s in range(590)] == [long.rate(s) for s in range(590)]
     assert short.rate(0) == pytest.approx(short.learning_rate / short.warm_up)
-    assert short.rate(999) == pytest.approx(short.learning_rate / 300)
+    assert short.rate(400) == short.learning_rate
+    rates = [short.rate(s) for s in range(595, 1001)]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] == 0
 
 
 def test_batch_is_a_function_of_seed_and_step(trainer, tiny_config):
@@ -84,7 +87,7 @@ def test_noise_levels_are_stratified(trainer):
 def test_buckets_draw_every_layout_and_drop_some_captions(trainer):
     batches = trainer.EditBatches(trainer.TrainingConfig(batch_size=2))
     layouts, empty, total = set(), 0, 0
-    for step in range(60):
+    for step in (*range(30), *range(2000, 2030)):
         batch = batches[step]
         layouts.add(tuple(reference.shape[-1] for reference in batch["references"]))
         empty += sum(words[0] == batches.tokenizer.encode("")[0] for words in batch["tokens"])
@@ -164,3 +167,14 @@ def test_configuration_survives_a_checkpoint(trainer, tiny_config, tmp_path):
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert trainer.TrainingConfig(**state["config"]) == tiny_config
     assert state["config"] == asdict(tiny_config)
+
+
+def test_second_phase_draws_more_noise_and_weighs_what_is_edited(trainer):
+    config = trainer.TrainingConfig(batch_size=4, second_phase=3)
+    batches = trainer.EditBatches(config)
+    first, second = ([batches[step] for step in steps] for steps in (range(3), range(3, 9)))
+    assert all((batch["weight"] == 1).all() for batch in first)
+    assert {float(w) for b in second for w in b["weight"].unique()} == {1, 1 + config.edit_weight}
+    assert np.mean([batch["sigma"].mean() for batch in first]) == pytest.approx(0.5, abs=0.1)
+    assert np.mean([batch["sigma"].mean() for batch in second]) == pytest.approx(0.65, abs=0.1)
+    assert all(((b["sigma"] >= 0) & (b["sigma"] <= 1)).all() for b in second)
