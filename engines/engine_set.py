@@ -26,7 +26,6 @@ _CONTRADICTED = {
     "--max-reference-tokens": ("--ladder", "--num-references"),
     "--ladder": ("--max-reference-tokens", "--rungs"),
     "--rungs": ("--ladder",),
-    "--max-noisy-tokens": ("--resolution",),
 }
 
 

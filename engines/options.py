@@ -40,9 +40,24 @@ def _expect(option: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise UsageError(f"{option} is {value!r}; allowed: {', '.join(allowed)}")
 
 
-def _expect_count(option: str, value: Any, least: int = 1) -> None:
+# Far beyond what a model is used with; what is larger is a slip of the finger.
+_MOST = {
+    "num_layers": 1000,
+    "rungs": 1000,
+    "granularity": 1 << 20,
+    "num_references": 1000,
+    "max_reference_tokens": 1 << 20,
+    "max_noisy_tokens": 1 << 20,
+    "max_text_tokens": 1 << 20,
+    "max_batch": 1 << 16,
+}
+
+
+def _expect_count(option: str, value: Any, least: int = 1, most: int | None = None) -> None:
     if value is None:
         return
+    if most is not None and isinstance(value, int) and value > most:
+        raise UsageError(f"{option} is {value!r}; it must be at most {most}")
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise UsageError(f"{option} is {value!r}; it must be a whole number, {least} or more")
 
@@ -123,7 +138,7 @@ class BuildOptions:
             "max_text_tokens",
             "max_batch",
         ):
-            _expect_count(f"--{name.replace('_', '-')}", getattr(self, name))
+            _expect_count(f"--{name.replace('_', '-')}", getattr(self, name), most=_MOST[name])
         _expect_count("--front-depth", self.front_depth, least=0)
         _expect_count("--seed", self.seed, least=0)
         if self.layers is not None and not self.layers:

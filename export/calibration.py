@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -187,14 +188,17 @@ def save_calibration(calibration: Calibration, folder: Path) -> tuple[Path, Path
         their paths.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "calibration.json"
-    temporary = folder / ".calibration.json.new"
-    temporary.write_text(json.dumps(calibration.as_dict(), indent=2) + "\n")
-    os.replace(temporary, path)
-    return path, _plot(calibration, folder / "calibration.png")
+    path, plot = folder / "calibration.json", folder / "calibration.png"
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".calibration-") as beside:
+        new_path, new_plot = Path(beside) / path.name, Path(beside) / plot.name
+        new_path.write_text(json.dumps(calibration.as_dict(), indent=2) + "\n")
+        _plot(calibration, new_plot)
+        os.replace(new_plot, plot)
+        os.replace(new_path, path)
+    return path, plot
 
 
-def _plot(calibration: Calibration, path: Path) -> Path:
+def _plot(calibration: Calibration, path: Path) -> None:
     from matplotlib.figure import Figure
 
     layers = range(len(calibration.mass))
@@ -226,4 +230,3 @@ def _plot(calibration: Calibration, path: Path) -> Path:
     if calibration.mass_by_category:
         axes.legend(fontsize=8)
     figure.savefig(path, dpi=120)
-    return path

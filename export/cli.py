@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ditrim.engines.console import CommandParser, Terminal, run_command
-from ditrim.export.family import FAMILIES, family_named
+from ditrim.export.family import FAMILIES, Family, family_named
 from ditrim.plugins.errors import CheckpointError, UsageError
 
 _EXAMPLES = """\
@@ -93,8 +94,24 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UsageError(
             "--preset small has its own weights and scenes: leave --weights, --set out"
         )
+    if arguments.preset == "small":
+        for name, default in (("model", "qwen-edit"), ("device", "cpu"), ("dtype", None)):
+            if getattr(arguments, name) != default:
+                raise UsageError(f"--{name} cannot be combined with --preset small, which fixes it")
     if arguments.preset is None and arguments.set is None:
         raise UsageError("--set is missing: a folder with pictures and edits.jsonl")
+
+
+def _check_folder(folder: Path) -> None:
+    """Nothing is measured for a folder that cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(
+            f"--output {folder} is no folder that can be written: {error.strerror}"
+        ) from error
 
 
 def _small_samples(count: int, seed: int) -> list[_Sample]:
@@ -117,7 +134,7 @@ def _small_samples(count: int, seed: int) -> list[_Sample]:
     return samples
 
 
-def _folder_samples(folder: Path, count: int) -> list[_Sample]:
+def _folder_samples(folder: Path, count: int, family: Family) -> list[_Sample]:
     from ditrim.export.edit_set import load_edit_set
     from ditrim.runtime.images import open_picture
 
@@ -127,6 +144,11 @@ def _folder_samples(folder: Path, count: int) -> list[_Sample]:
         def images(task: Any = task) -> list[Any]:
             return [open_picture(path) for path in task.images]
 
+        if len(task.images) > family.max_references:
+            raise UsageError(
+                f"an edit of {folder} has {len(task.images)} pictures; {family.name} takes at "
+                f"most {family.max_references}"
+            )
         samples.append(_Sample(images=images, prompt=task.prompt, category=task.category))
     return samples
 
@@ -152,7 +174,11 @@ def _load_pipeline(arguments: argparse.Namespace) -> Any:
             f"cannot load the pipeline {location!r}: {first_line}. Calibration runs the whole "
             "pipeline: give --weights a folder in the diffusers layout (model_index.json)"
         ) from error
-    return pipe.to(arguments.device)
+    try:
+        return pipe.to(arguments.device)
+    except (RuntimeError, AssertionError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise UsageError(f"--device {arguments.device} cannot be used: {first_line}") from error
 
 
 @contextmanager
@@ -168,6 +194,7 @@ def _counted(terminal: Terminal, samples: Sequence[_Sample]) -> Iterator[Iterato
 
 def _calibrate(arguments: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
     _check(arguments)
+    _check_folder(arguments.output)
     import torch
 
     from ditrim.export.calibration import (
@@ -183,7 +210,7 @@ def _calibrate(arguments: argparse.Namespace, terminal: Terminal) -> dict[str, A
     if arguments.preset == "small":
         samples = _small_samples(arguments.num_samples, arguments.seed)
     else:
-        samples = _folder_samples(arguments.set, arguments.num_samples)
+        samples = _folder_samples(arguments.set, arguments.num_samples, family)
     pipe = _load_pipeline(arguments)
     num_layers = len(blocks_of(pipe.transformer))
     front_depth = arguments.front_depth

@@ -38,8 +38,12 @@ def load_edit_set(folder: Path) -> list[EditTask]:
             f"{folder} has no {FILE_NAME}; each of its lines is an object such as "
             '{"image": "cat.png", "prompt": "make the cat black", "category": "local"}'
         )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text") from error
     tasks = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"

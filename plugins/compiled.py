@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from ditrim.plugins.errors import BackendError, UsageError
-from ditrim.plugins.kernel import tile_for_width, triton_kernel
+from ditrim.plugins.kernel import import_triton, tile_for_width, triton_kernel
 
 # Compute capability times ten -> PTX version times ten: the oldest that knows the target.
 TARGETS = {80: 80, 89: 80, 90: 80, 100: 86, 120: 87}
@@ -191,18 +191,8 @@ def _assemble(ptx: str, target: str, assembler: str) -> tuple[bytes, int, int]:
         return output.read_bytes(), int(registers[1]), int(spills[1]) + int(spills[2])
 
 
-def _triton() -> Any:
-    try:
-        import triton
-        import triton.compiler
-    except ImportError as error:
-        raise BackendError(
-            "compiling the scoring kernel needs Triton 3.4 or later: pip install triton"
-        ) from error
-    if not hasattr(triton, "knobs"):
-        raise BackendError(
-            f"compiling the scoring kernel needs Triton 3.4 or later; found {triton.__version__}"
-        )
+def _compiling_triton() -> Any:
+    triton = import_triton()
     if triton.knobs.runtime.interpret:
         raise UsageError("TRITON_INTERPRET is set: Triton interprets and cannot compile. Unset it")
     return triton
@@ -230,7 +220,7 @@ def compile_kernel(dtype: str, width: int, scale: float, target: int) -> KernelI
     if target not in TARGETS:
         raise UsageError(f"target is {target}; allowed: {', '.join(map(str, TARGETS))}")
     tile = tile_for_width(width)
-    triton = _triton()
+    triton = _compiling_triton()
     from triton.backends.compiler import GPUTarget
 
     constants = {
@@ -263,9 +253,7 @@ def compile_kernel(dtype: str, width: int, scale: float, target: int) -> KernelI
     name, ptx = with_parameters(_without_debug_sections(built.asm["ptx"]), PARAMETERS)
     architecture = re.search(r"^\s*\.target\s+(\w+)", ptx, flags=re.MULTILINE)
     assert architecture is not None
-    cubin, registers, spill_bytes = _assemble(
-        ptx, architecture[1], triton.knobs.nvidia.ptxas.path
-    )
+    cubin, registers, spill_bytes = _assemble(ptx, architecture[1], triton.knobs.nvidia.ptxas.path)
     sizes = tuple(int(kind[1:]) // 8 for kind in PARAMETERS)
     if (found := _parameters_of_cubin(cubin)) != sizes:
         raise BackendError(

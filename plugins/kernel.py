@@ -17,7 +17,7 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ditrim.plugins.errors import UsageError
+from ditrim.plugins.errors import BackendError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -67,17 +67,17 @@ def tile_for_width(width: int) -> Tile:
         return Tile(padded_width=padded_width, block_rows=128, block_keys=64, num_stages=2)
     if padded_width == 128:
         return Tile(padded_width=padded_width, block_rows=64, block_keys=32, num_stages=3)
-    return Tile(padded_width=padded_width, block_rows=32, block_keys=32, num_stages=2)
+    return Tile(padded_width=padded_width, block_rows=32, block_keys=16, num_stages=3)
 
 
-def _log_sum_exp_kernel(
-    queries: Any,
-    keys: Any,
-    bias: Any,
-    num_groups: Any,
-    num_rows: Any,
-    num_keys: Any,
-    result: Any,
+def ditrim_log_sum_exp(
+    queries: tl.tensor,
+    keys: tl.tensor,
+    bias: tl.tensor,
+    num_groups: tl.tensor,
+    num_rows: tl.tensor,
+    num_keys: tl.tensor,
+    result: tl.tensor,
     WIDTH: tl.constexpr,
     PADDED_WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -86,6 +86,9 @@ def _log_sum_exp_kernel(
     WIDEN: tl.constexpr,
 ) -> None:
     """One tile of rows of one (batch, head) group; groups and tiles share the grid's first axis.
+
+    Triton source; the name is what a profiler shows. Arguments as those of `log_sum_exp`, in the
+    order in which TensorRT passes them; num_groups is batch x heads.
 
     Logits are kept in units of log 2, so that `exp2` and `log2` serve; the result is in nats.
     WIDEN is for Triton's interpreter, which multiplies the bits of bfloat16 numbers as integers: it
@@ -134,6 +137,25 @@ def _log_sum_exp_kernel(
     tl.store(result + group * num_rows + rows, nats, mask=rows < num_rows)
 
 
+def import_triton() -> Any:
+    """Triton, which only launching and compiling need.
+
+    Raises:
+        BackendError: it is missing or too old.
+    """
+    try:
+        import triton
+    except ImportError as error:
+        raise BackendError(
+            "the scoring kernel needs Triton 3.4 or later: pip install triton"
+        ) from error
+    if not hasattr(triton, "knobs"):
+        raise BackendError(
+            f"the scoring kernel needs Triton 3.4 or later; found {triton.__version__}"
+        )
+    return triton
+
+
 @functools.cache
 def triton_kernel() -> Any:
     """The kernel as Triton's function: compiled, or interpreted where TRITON_INTERPRET=1 is set.
@@ -141,10 +163,10 @@ def triton_kernel() -> Any:
     Lengths are not specialised on, so that one compilation serves every length.
     """
     global tl  # what the kernel's body names; Triton looks it up among this module's names
-    import triton
+    jit = import_triton().jit
     import triton.language as tl
 
-    return triton.jit(_log_sum_exp_kernel, do_not_specialize=["num_groups", "num_rows", "num_keys"])
+    return jit(ditrim_log_sum_exp, do_not_specialize=["num_groups", "num_rows", "num_keys"])
 
 
 def _check(queries: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor) -> None:
@@ -177,9 +199,8 @@ def _check(queries: torch.Tensor, keys: torch.Tensor, bias: torch.Tensor) -> Non
 
 def _check_device(device: torch.device) -> None:
     import torch
-    import triton
 
-    if triton.knobs.runtime.interpret:
+    if import_triton().knobs.runtime.interpret:
         return
     if device.type != "cuda":
         raise UsageError(
@@ -210,9 +231,9 @@ def log_sum_exp(
 
     Raises:
         UsageError: shapes, dtypes, strides, device or head width are not the kernel's.
+        BackendError: Triton is missing.
     """
     import torch
-    import triton
 
     _check(queries, keys, bias)
     batch, heads, num_rows, width = queries.shape
@@ -241,7 +262,7 @@ def log_sum_exp(
             BLOCK_ROWS=tile.block_rows,
             BLOCK_KEYS=tile.block_keys,
             SCALE=scale,
-            WIDEN=triton.knobs.runtime.interpret,
+            WIDEN=import_triton().knobs.runtime.interpret,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
             enable_fp_fusion=True,
@@ -272,7 +293,7 @@ def influence(
         (B, C) float32.
 
     Raises:
-        UsageError: as `log_sum_exp`.
+        UsageError, BackendError: as `log_sum_exp`.
     """
     import torch
 

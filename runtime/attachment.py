@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # Configuration that may differ between two checkpoints of the same transformer.
 _IRRELEVANT = {"pooled_projection_dim"}
+_PIPELINES = {"QwenImageEditPipeline", "QwenImageEditPlusPipeline", "FluxKontextPipeline"}
 
 
 class Attachment:
@@ -28,20 +29,11 @@ class Attachment:
         self.pipe = pipe
         self.transformer = transformer
         self._original = pipe.transformer
-        self._original_config = dict(pipe.config)
+        self._original_entry = pipe.config.get("transformer")
         self._scheduler = pipe.scheduler
         self._is_attached = True
         pipe.transformer = transformer
-        set_timesteps = pipe.scheduler.set_timesteps
-
-        @functools.wraps(set_timesteps)  # pipelines look at its signature
-        def set_timesteps_of_new_request(*args: Any, **kwargs: Any) -> Any:
-            transformer.start_request()
-            return set_timesteps(*args, **kwargs)
-
-        # Every pipeline sets the timesteps once a request: that is where a new one is recognised.
-        self._own_set_timesteps = pipe.scheduler.__dict__.get("set_timesteps")
-        pipe.scheduler.set_timesteps = set_timesteps_of_new_request
+        _watch(self._scheduler, transformer)
 
     @property
     def report(self) -> RunReport:
@@ -54,11 +46,9 @@ class Attachment:
             return
         self._is_attached = False
         self.pipe.transformer = self._original
-        self.pipe._internal_dict = type(self.pipe._internal_dict)(self._original_config)
-        if self._own_set_timesteps is None:
-            del self._scheduler.set_timesteps
-        else:
-            self._scheduler.set_timesteps = self._own_set_timesteps
+        if self._original_entry is not None:
+            self.pipe.register_to_config(transformer=self._original_entry)
+        _unwatch(self._scheduler, self.transformer)
 
     def __enter__(self) -> Attachment:
         return self
@@ -70,6 +60,45 @@ class Attachment:
         traceback: TracebackType | None,
     ) -> None:
         self.detach()
+
+
+# Every pipeline sets the timesteps once a request and steps once a step: there a new request and
+# the end of a step are noticed.
+_WATCHED = ("set_timesteps", "step")
+
+
+def _watch(scheduler: Any, transformer: EngineTransformer) -> None:
+    """Let a transformer notice what a scheduler does; pipelines may share the scheduler."""
+    watchers = getattr(scheduler.__dict__.get("set_timesteps"), "watchers", None)
+    if watchers is not None:
+        watchers.append(transformer)
+        return
+    watchers = [transformer]
+    for name in _WATCHED:
+        setattr(scheduler, name, _watched(getattr(scheduler, name), name, watchers))
+
+
+def _watched(method: Any, name: str, watchers: list[EngineTransformer]) -> Any:
+    @functools.wraps(method)  # pipelines look at its signature
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for transformer in watchers:
+            if name == "step":
+                transformer.end_step()
+            else:
+                transformer.start_request()
+        return method(*args, **kwargs)
+
+    call.watchers = watchers  # type: ignore[attr-defined]
+    return call
+
+
+def _unwatch(scheduler: Any, transformer: EngineTransformer) -> None:
+    """Take one transformer off; the last one restores the scheduler's own methods."""
+    watchers = scheduler.__dict__["set_timesteps"].watchers
+    watchers.remove(transformer)
+    if not watchers:
+        for name in _WATCHED:
+            delattr(scheduler, name)
 
 
 def attach(
@@ -105,9 +134,14 @@ def attach(
         )
     if isinstance(pipe.transformer, EngineTransformer):
         raise UsageError("an engine set is attached to this pipeline already; detach it first")
+    if any(name in vars(pipe.scheduler) for name in _WATCHED) and not hasattr(
+        vars(pipe.scheduler).get("set_timesteps"), "watchers"
+    ):
+        raise UsageError("the pipeline's scheduler has replaced methods; attach to a plain one")
     loaded: Any = engines
     if not hasattr(engines, "run"):
         loaded = load_engines(engines, device=device, threads=threads)
+    _check_pipeline(pipe, loaded)
     if pipe.transformer is not None:
         _check_fit(pipe.transformer, loaded)
     transformer = EngineTransformer(loaded, policy if policy is not None else ToPi(), timing=timing)
@@ -123,6 +157,17 @@ def detach(pipe: Any, attachment: Attachment) -> None:
     if attachment.pipe is not pipe:
         raise UsageError("this attachment belongs to another pipeline")
     attachment.detach()
+
+
+def _check_pipeline(pipe: Any, engines: Engines) -> None:
+    """Models of one configuration but of other pipelines have other weights."""
+    expected = engines.engine_set.manifest.pipeline_class
+    names = {base.__name__ for base in type(pipe).__mro__}
+    if names & _PIPELINES and expected not in names:
+        raise UsageError(
+            f"the pipeline is a {type(pipe).__name__}, the engine set holds a model for "
+            f"{expected}; build one for this pipeline with build-engine --model"
+        )
 
 
 def _check_fit(transformer: Any, engines: Engines) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ditrim.engines.backend import Engines
-from ditrim.plugins.errors import LadderError, UsageError
+from ditrim.plugins.errors import DitrimError, LadderError, UsageError
 from ditrim.runtime.policy import Policy
 from ditrim.runtime.report import RunReport, StepRecord
 from ditrim.runtime.rope import RopeTables
@@ -188,9 +188,9 @@ class Denoiser:
         if role == "anchor":
             influence = _scattered(influences, order)
             if not bool(torch.isfinite(influence).all()):
-                raise UsageError(
-                    f"the influence scores of step {state.step} are not finite: the latents or "
-                    "embeddings hold values that the model overflows on"
+                raise DitrimError(
+                    f"the influence scores of step {state.step} are not finite: the model "
+                    "overflowed on these inputs; with an fp16 engine set, try fp32"
                 )
             selected = self.policy.select(influence, self.engines.engine_set.manifest.ladder)
             state.kept, state.gathered_rope = selected, None
@@ -331,7 +331,7 @@ class Denoiser:
         return manifest.ladder.rung_for(length)
 
     def _check(self, inputs: ModelInputs, *, is_first: bool) -> None:
-        """Sizes at every call; values at the first call of a request."""
+        """Sizes at every call; values where that costs no wait for a device, else at the first."""
         limits = self.engines.engine_set.manifest.limits
         batch, num_noisy, _ = inputs.noisy_latents.shape
         for what, value, limit, option in (
@@ -364,8 +364,15 @@ class Denoiser:
                 raise UsageError(f"{name} has {tensor.shape[-1]} channels, the model takes {width}")
             if tensor.shape[0] != batch:
                 raise UsageError(f"{name} has batch {tensor.shape[0]}, noisy_latents have {batch}")
-            if is_first and not bool(torch.isfinite(tensor).all()):
+            looks = is_first or (name == "noisy_latents" and tensor.device.type == "cpu")
+            if looks and not bool(torch.isfinite(tensor).all()):
                 raise UsageError(f"{name} hold NaN or infinite values")
+        mask = inputs.text_mask
+        if mask is not None and mask.shape != inputs.text_embeds.shape[:2]:
+            raise UsageError(
+                f"the text mask has shape {tuple(mask.shape)}, the text embeddings need "
+                f"{tuple(inputs.text_embeds.shape[:2])}"
+            )
         if self._takes_guidance and inputs.guidance is None:
             raise UsageError("guidance is missing; this model has guidance embeddings")
 

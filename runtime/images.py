@@ -164,6 +164,8 @@ def check_output(path: str | os.PathLike[str], option: str) -> Path:
     folder = path.parent
     if path.is_dir():
         raise UsageError(f"{option} {path} is a folder; give a file name in it")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{option} {path} is a device or a pipe; give a plain file")
     if not folder.exists():
         raise UsageError(
             f"{option} {path}: the folder {folder} does not exist; make it first: mkdir -p {folder}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -87,6 +88,7 @@ class EditSession:
             loaded = load_engines(engines, device=device, threads=threads)
         self._denoiser = Denoiser(loaded, policy if policy is not None else ToPi(), timing=timing)
         manifest = self._denoiser.engines.engine_set.manifest
+        self._run = 0
         self._is_flux = manifest.architecture == "flux"
         self._axes = tuple(manifest.transformer_config["axes_dims_rope"])
 
@@ -159,8 +161,18 @@ class EditSession:
             if negative_text_embeds is None:
                 raise UsageError(f"true_cfg_scale = {true_cfg_scale} needs negative_text_embeds")
             branches["uncond"] = (negative_text_embeds, negative_text_mask, negative_pooled_text)
+        for index, tensor in enumerate(references):
+            if tensor.shape[::2] != noisy.shape[::2]:
+                raise UsageError(
+                    f"references[{index}] has shape {tuple(tensor.shape)}, but its batch and "
+                    f"channels must be those of noisy, {tuple(noisy.shape)}"
+                )
+        for name, value in (("true_cfg_scale", true_cfg_scale), ("guidance", guidance)):
+            if value is not None and not math.isfinite(value):
+                raise UsageError(f"{name} must be finite, got {value}")
         reference = torch.cat(list(references), dim=1)
         self._denoiser.start_request()
+        self._run += 1
         latents, start = noisy.float(), 0
         if resume is not None:
             if not 0 <= resume.index < len(levels) - 1 or resume.latents.shape != noisy.shape:
@@ -186,10 +198,15 @@ class EditSession:
         true_cfg_scale: float,
         guidance: float | None,
     ) -> Iterator[EditStep]:
-        denoiser = self._denoiser
+        denoiser, run = self._denoiser, self._run
         batch = latents.shape[0]
         num_steps = len(levels) - 1
         for index in range(start, num_steps):
+            if run != self._run:
+                raise UsageError(
+                    "this run was ended by another denoise() of the same session; open a session "
+                    "a run (they share loaded engines), or resume from a step's state"
+                )
             sigma, next_sigma = levels[index], levels[index + 1]
             before = len(denoiser.report.steps)
             velocities = {}
@@ -219,10 +236,12 @@ class EditSession:
                 num_steps=num_steps,
                 sigma=sigma,
                 next_sigma=next_sigma,
-                latents=latents,
+                latents=latents.clone(),  # an observer may write into it
                 velocity=velocity,
                 records=tuple(denoiser.report.steps[before:]),
-                state=SessionState(index=index + 1, latents=latents, branches=denoiser.snapshot()),
+                state=SessionState(
+                    index=index + 1, latents=latents.clone(), branches=denoiser.snapshot()
+                ),
             )
 
     def _guided(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
@@ -247,6 +266,8 @@ def _checked_sigmas(sigmas: Sequence[float]) -> list[float]:
         levels.append(0.0)
     if len(levels) < 2 or any(b >= a for a, b in itertools.pairwise(levels)):
         raise UsageError(f"sigmas must decrease and hold at least one level above 0, got {sigmas}")
+    if not all(map(math.isfinite, levels)):
+        raise UsageError(f"sigmas must be finite, got {sigmas}")
     if not 0.0 < levels[0] <= 1.0:
         raise UsageError(f"sigmas must lie in (0, 1], got {levels[0]}")
     return levels

@@ -41,7 +41,8 @@ class EngineTransformer(nn.Module):
         self._axes = tuple(manifest.transformer_config["axes_dims_rope"])
         self.config = FrozenDict(manifest.transformer_config)
         self._branch: str | None = None
-        self._seen_timesteps: list[float] = []
+        self._calls_in_step = 0
+        self._last_timesteps: dict[str, float] = {}
 
     @property
     def device(self) -> torch.device:
@@ -61,7 +62,12 @@ class EngineTransformer(nn.Module):
     def start_request(self) -> None:
         """Forget the previous request. `attach` calls this whenever a pipeline starts one."""
         self._denoiser.start_request()
-        self._seen_timesteps = []
+        self._calls_in_step = 0
+        self._last_timesteps = {}
+
+    def end_step(self) -> None:
+        """Count calls anew: the next one is of the next step. `attach` calls this."""
+        self._calls_in_step = 0
 
     @contextmanager
     def cache_context(self, name: str, **_: object) -> Iterator[None]:
@@ -144,8 +150,9 @@ class EngineTransformer(nn.Module):
         else:
             if img_ids is None or txt_ids is None or pooled_projections is None:
                 raise UsageError("img_ids, txt_ids and pooled_projections must be given")
-            img_ids = img_ids[0] if img_ids.dim() == 3 else img_ids
-            txt_ids = txt_ids[0] if txt_ids.dim() == 3 else txt_ids
+            # Pipelines make the ids in the embeddings' dtype, which can be bfloat16.
+            img_ids = (img_ids[0] if img_ids.dim() == 3 else img_ids).float()
+            txt_ids = (txt_ids[0] if txt_ids.dim() == 3 else txt_ids).float()
             num_noisy = int((img_ids[:, 0] == 0).sum())
             key = (img_ids.cpu().numpy().tobytes(), txt_ids.cpu().numpy().tobytes())
 
@@ -169,18 +176,23 @@ class EngineTransformer(nn.Module):
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
     def _branch_of(self, timestep: Tensor) -> str:
-        """The branch of this call: the pipeline's word, or the order of calls at one timestep.
+        """The branch of this call: the pipeline's word, or the order of calls within a step.
 
         FluxKontextPipeline names no branch; with true CFG it calls the transformer twice a step.
+        A timestep that rises within a branch begins a request that nobody announced, as with a
+        scheduler that was exchanged after `attach`.
         """
-        if self._branch is not None:
-            return self._branch
         value = float(timestep.reshape(-1)[0])
-        if not self._seen_timesteps or self._seen_timesteps[-1] != value:
-            self._seen_timesteps = [value]
-            return "cond"
-        self._seen_timesteps.append(value)
-        return "uncond" if len(self._seen_timesteps) == 2 else f"branch-{len(self._seen_timesteps)}"
+        if value not in self._last_timesteps.values():
+            self._calls_in_step = 0
+        names = {0: "cond", 1: "uncond"}
+        branch = self._branch or names.get(self._calls_in_step, f"branch-{self._calls_in_step}")
+        if value > self._last_timesteps.get(branch, value):
+            self.start_request()
+            branch = self._branch or "cond"
+        self._last_timesteps[branch] = value
+        self._calls_in_step += 1
+        return branch
 
     @staticmethod
     def _refuse(**arguments: object) -> None:

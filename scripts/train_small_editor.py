@@ -36,6 +36,7 @@ from ditrim.runtime.small_editor.pipeline import SmallEditPipeline
 from ditrim.runtime.small_editor.scenes import (
     CATEGORIES,
     PICTURE_SIZE,
+    EditExample,
     sample_edit,
     training_generator,
 )
@@ -59,16 +60,30 @@ SECOND_BUCKETS: Buckets = (
     (0.15, "same", (("transfer", 1.0),)),
     (0.06, "large", (("transfer", 1.0),)),
 )
+# And from the third: naming one shape among several of its colour is what is learnt last.
+THIRD_BUCKETS: Buckets = (
+    (0.64, "same", (("local", 0.86), ("global", 0.09), ("camera", 0.05))),
+    (0.18, "large", (("local", 0.70), ("global", 0.08), ("camera", 0.22))),
+    (0.14, "same", (("transfer", 1.0),)),
+    (0.04, "large", (("transfer", 1.0),)),
+)
 
 # Learning rate from the level part on: (share of the steps, share of the rate), linear between.
-DECAY: tuple[tuple[float, float], ...] = ((2800 / 4700, 1.0), (3500 / 4700, 5 / 12), (1.0, 0.0))
+# The third phase warms up once more.
+DECAY: tuple[tuple[float, float], ...] = (
+    (2800 / 5500, 1.0),
+    (3500 / 5500, 5 / 12),
+    (4700 / 5500, 0.0),
+    (4740 / 5500, 0.6),
+    (1.0, 0.0),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingConfig:
     """What decides a run's weights, next to the library versions."""
 
-    steps: int = 4700
+    steps: int = 5500
     seed: int = 0
     batch_size: int = 16
     learning_rate: float = 1e-3
@@ -77,8 +92,10 @@ class TrainingConfig:
     ema_decay: float = 0.998
     caption_dropout: float = 0.08
     # The first phase learns to copy. The second attends to what the instruction changes: it draws
-    # more of the high noise levels, at which that is decided, and weighs edited pixels more.
+    # more of the high noise levels, at which that is decided, and weighs edited pixels more. The
+    # third draws more local edits, and more pictures in which shapes share a colour.
     second_phase: int = 2000  # its first step
+    third_phase: int = 4700  # its first step
     sigma_shift: float = 2.5
     edit_weight: float = 3.0  # added to 1 inside the edit mask of local edits and transfers
     num_layers: int = 6
@@ -110,13 +127,17 @@ class EditBatches(torch.utils.data.Dataset[dict[str, Any]]):
         config = self.config
         rng = training_generator(config.seed, step)
         is_second = step >= config.second_phase
-        buckets = SECOND_BUCKETS if is_second else BUCKETS
+        is_third = step >= config.third_phase
+        buckets = THIRD_BUCKETS if is_third else SECOND_BUCKETS if is_second else BUCKETS
         _, size, categories = buckets[rng.choice(len(buckets), p=[b[0] for b in buckets])]
         names, weights = zip(*categories, strict=True)
-        edits = [
-            sample_edit(rng, str(rng.choice(names, p=weights)), "train", size)  # type: ignore[arg-type]
-            for _ in range(config.batch_size)
-        ]
+        edits = []
+        for _ in range(config.batch_size):
+            category = str(rng.choice(names, p=weights))
+            edit = sample_edit(rng, category, "train", size)  # type: ignore[arg-type]
+            if is_third and category == "local" and not has_shared_colour(edit):
+                edit = sample_edit(rng, category, "train", size)  # type: ignore[arg-type]
+            edits.append(edit)
         dropped = rng.random(config.batch_size) < config.caption_dropout
         prompts = ["" if drop else e.prompt for e, drop in zip(edits, dropped, strict=True)]
         tokens, mask = self.tokenizer([*prompts, LONGEST_PROMPT])
@@ -140,6 +161,12 @@ class EditBatches(torch.utils.data.Dataset[dict[str, Any]]):
                 for number in range(len(edits[0].references))
             ],
         }
+
+
+def has_shared_colour(edit: EditExample) -> bool:
+    """Whether two of the shapes that are drawn have one colour."""
+    colours = [colour for colour, _ in edit.pairs]
+    return len(set(colours)) < len(colours)
 
 
 def as_tensor(pictures: list[np.ndarray]) -> torch.Tensor:

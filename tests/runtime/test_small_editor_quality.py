@@ -20,7 +20,8 @@ SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "evaluate_small_edito
 
 def load_script() -> Any:
     spec = importlib.util.spec_from_file_location("evaluate_small_editor", SCRIPT)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -63,12 +63,13 @@ def test_resume_with_other_options_is_refused(trainer, tiny_config, tmp_path):
 
 def test_more_steps_leave_the_level_part_of_the_rate_as_it_was(trainer):
     short, long = (trainer.TrainingConfig(steps=steps) for steps in (1000, 2000))
-    assert [short.rate(s) for s in range(590)] == [long.rate(s) for s in range(590)]
+    assert [short.rate(s) for s in range(500)] == [long.rate(s) for s in range(500)]
     assert short.rate(0) == pytest.approx(short.learning_rate / short.warm_up)
     assert short.rate(400) == short.learning_rate
-    rates = [short.rate(s) for s in range(595, 1001)]
+    rates = [short.rate(s) for s in range(510, 855)]
     assert rates == sorted(rates, reverse=True)
-    assert rates[-1] == 0
+    assert 0 < max(short.rate(s) for s in range(855, 1000)) < short.learning_rate
+    assert short.rate(1000) == 0
 
 
 def test_batch_is_a_function_of_seed_and_step(trainer, tiny_config):
@@ -87,7 +88,7 @@ def test_noise_levels_are_stratified(trainer):
 def test_buckets_draw_every_layout_and_drop_some_captions(trainer):
     batches = trainer.EditBatches(trainer.TrainingConfig(batch_size=2))
     layouts, empty, total = set(), 0, 0
-    for step in (*range(30), *range(2000, 2030)):
+    for step in (*range(30), *range(2000, 2030), *range(4700, 4720)):
         batch = batches[step]
         layouts.add(tuple(reference.shape[-1] for reference in batch["references"]))
         empty += sum(words[0] == batches.tokenizer.encode("")[0] for words in batch["tokens"])
