@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.floating[Any]]
 Picture = npt.NDArray[np.uint8]  # (H, W, 3)
 Colour = tuple[float, float, float]
 
@@ -33,7 +34,8 @@ COLOURS: dict[str, Colour] = {
 
 def _box(x: Floats, y: Floats, half_width: float, half_height: float) -> Floats:
     """Signed distance to an axis-aligned box, taken along the nearer axis."""
-    return np.maximum(np.abs(x) - half_width, np.abs(y) - half_height)
+    distance: Floats = np.maximum(np.abs(x) - half_width, np.abs(y) - half_height)
+    return distance
 
 
 def _circle(x: Floats, y: Floats, radius: float) -> Floats:
@@ -48,7 +50,8 @@ def _triangle(x: Floats, y: Floats, radius: float) -> Floats:
     # Two slanted sides through (0, -radius) and the bottom edge at y = 0.85 radius.
     slope_x, slope_y = 0.8944, 0.4472
     sides = np.abs(x) * slope_x - (y + radius) * slope_y
-    return np.maximum(sides, y - 0.85 * radius)
+    distance: Floats = np.maximum(sides, y - 0.85 * radius)
+    return distance
 
 
 def _diamond(x: Floats, y: Floats, radius: float) -> Floats:
@@ -60,7 +63,10 @@ def _ring(x: Floats, y: Floats, radius: float) -> Floats:
 
 
 def _cross(x: Floats, y: Floats, radius: float) -> Floats:
-    return np.minimum(_box(x, y, radius, 0.36 * radius), _box(x, y, 0.36 * radius, radius))
+    distance: Floats = np.minimum(
+        _box(x, y, radius, 0.36 * radius), _box(x, y, 0.36 * radius, radius)
+    )
+    return distance
 
 
 SHAPES: dict[str, Callable[[Floats, Floats, float], Floats]] = {

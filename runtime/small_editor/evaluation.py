@@ -61,21 +61,22 @@ def run_edits(
 
     answers: dict[int, Picture] = {}
     for indices in _batches(edits, batch_size):
-        result = pipeline(
+        (pictures,) = pipeline(
             image=[[Image.fromarray(r) for r in edits[i].references] for i in indices],
             prompt=[edits[i].prompt for i in indices],
             generator=[torch.Generator().manual_seed(seed * 1_000_003 + i) for i in indices],
             num_inference_steps=num_inference_steps,
+            return_dict=False,
             **call,
         )
-        for index, picture in zip(indices, result.images, strict=True):
+        for index, picture in zip(indices, pictures, strict=True):
             answers[index] = np.asarray(picture)
     return [answers[index] for index in range(len(edits))]
 
 
 def summarise(edits: Iterable[EditExample], answers: Iterable[Picture]) -> dict[str, Any]:
     """Means by category and by kind of PSNR, SSIM and the PSNR of returning the source."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "category": edit.category,
             "kind": edit.kind,
@@ -168,5 +169,5 @@ def draw_contact_sheet(
     for number, strip in enumerate(strips):
         y, x = (number // columns) * cell_height, (number % columns) * cell_width
         sheet[y : y + strip.shape[0], x : x + strip.shape[1]] = strip
-    picture = Image.fromarray(sheet)
-    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    size = (sheet.shape[1] * scale, sheet.shape[0] * scale)
+    return Image.fromarray(sheet).resize(size, Image.Resampling.NEAREST)

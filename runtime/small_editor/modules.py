@@ -41,7 +41,7 @@ class PixelVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     config_name = "config.json"
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, patch_size: int = PATCH_SIZE, scaling_factor: float = 1.0) -> None:
         super().__init__()
         self.patch_size = patch_size
@@ -49,11 +49,11 @@ class PixelVAE(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.scale.dtype  # type: ignore[return-value, union-attr]
+        return self.scale.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.scale.device  # type: ignore[return-value, union-attr]
+        return self.scale.device
 
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
         """Pack pictures (B, 3, H, W) in [-1, 1] into latents (B, H/p * W/p, 3 * p * p)."""
@@ -80,7 +80,7 @@ class WordEmbedder(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     config_name = "config.json"
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, vocabulary_size: int, embedding_dim: int = TEXT_CHANNELS) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary_size, embedding_dim)

@@ -280,3 +280,98 @@ def test_what_an_engine_cannot_apply_is_refused(loaded: Any) -> None:
         pytest.raises(UsageError, match="scale was given, which a compiled engine cannot apply"),
     ):
         run(pipe, request("qwen-edit") | {"attention_kwargs": {"scale": 0.5}})
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_embeddings_in_bfloat16_are_taken(family: str, loaded: Any) -> None:
+    pipe = tiny_pipeline(family)
+    pipe.transformer = None
+    arguments = request(family)
+    for name in ("prompt_embeds", "pooled_prompt_embeds"):
+        if name in arguments:
+            arguments[name] = arguments[name].bfloat16()
+    pipe.vae.to(torch.bfloat16)
+    with ditrim.attach(pipe, loaded(family), ditrim.ToPi(interval=2)) as engine:
+        found = run(pipe, arguments)
+        assert len(engine.report.steps) == 4
+    assert bool(torch.isfinite(found.float()).all())
+
+
+def test_a_scheduler_exchanged_while_attached_does_not_join_requests(loaded: Any) -> None:
+    pipe = tiny_pipeline("qwen-edit")
+    first, second = request("qwen-edit"), request("qwen-edit", seed=9)
+    with ditrim.attach(pipe, loaded("qwen-edit"), ditrim.ToPi(tau=0.5)):
+        expected = run(pipe, second)
+    with ditrim.attach(pipe, loaded("qwen-edit"), ditrim.ToPi(tau=0.5)) as engine:
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        run(pipe, first)
+        found = run(pipe, second)
+        assert [record.role for record in engine.report.steps] == ["anchor"] + ["reduced"] * 3
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("first_off", [0, 1])
+def test_pipelines_that_share_a_scheduler_are_told_apart(loaded: Any, first_off: int) -> None:
+    one = tiny_pipeline("qwen-edit")
+    other = type(one)(**one.components)
+    other.set_progress_bar_config(disable=True)
+    attachments = [ditrim.attach(pipe, loaded("qwen-edit")) for pipe in (one, other)]
+    attachments[first_off].detach()
+    left = (one, other)[1 - first_off]
+    for _ in range(2):
+        run(left, request("qwen-edit", steps=3))
+        assert len(attachments[1 - first_off].report.steps) == 3
+    attachments[1 - first_off].detach()
+    assert not {"set_timesteps", "step"} & set(vars(one.scheduler))
+
+
+def test_equal_timesteps_in_a_row_stay_one_branch(loaded: Any) -> None:
+    """In bfloat16 neighbouring timesteps can be equal; FLUX names no branch."""
+    pipe = tiny_pipeline("flux-kontext")
+    arguments = request("flux-kontext", guided=True)
+    arguments |= {"sigmas": [0.7, 0.7, 0.7, 0.2]}
+    with ditrim.attach(pipe, loaded("flux-kontext"), ditrim.FullContext()) as engine:
+        run(pipe, arguments)
+        assert [record.branch for record in engine.report.steps] == ["cond", "uncond"] * 4
+
+
+def test_batches_of_unequal_prompts_are_reduced_as_alone(loaded: Any) -> None:
+    """Mask groups on reduced steps: each entry is what it is when it runs by itself."""
+    pipe = tiny_pipeline("qwen-edit")
+    # One kept count for all: the count of a batch is the largest, which alone may be smaller.
+    policy = ditrim.ToPi(tau=0.0, interval=3, min_kept=7, max_kept=7)
+    together = request("qwen-edit", batch=3, short_prompts=True)
+    latents = torch.randn(3, 9, 16, generator=torch.Generator().manual_seed(5))
+    with ditrim.attach(pipe, loaded("qwen-edit"), policy) as engine:
+        found = run(pipe, together | {"latents": latents})
+        assert [record.num_kept for record in engine.report.steps] == [16, 7, 7, 16]
+        for entry in range(3):
+            length = int(together["prompt_embeds_mask"][entry].sum())
+            alone = together | {
+                "prompt_embeds": together["prompt_embeds"][entry : entry + 1, :length],
+                "prompt_embeds_mask": together["prompt_embeds_mask"][entry : entry + 1, :length],
+                "latents": latents[entry : entry + 1],
+            }
+            expected = run(pipe, alone)[0]
+            assert torch.allclose(found[entry], expected, atol=1e-4), entry
+
+
+def test_another_pipelines_engines_of_equal_configuration_are_refused(loaded: Any) -> None:
+    with pytest.raises(
+        UsageError, match="is a QwenImageEditPlusPipeline, the engine set holds a model for QwenI"
+    ):
+        ditrim.attach(tiny_pipeline("qwen-edit-plus"), loaded("qwen-edit"))
+
+
+def test_latents_that_turn_infinite_on_the_way_are_refused(loaded: Any) -> None:
+    pipe = tiny_pipeline("qwen-edit")
+
+    def spoil(_: Any, step: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:
+        return {"latents": values["latents"] / (0.0 if step == 1 else 1.0)}
+
+    arguments = request("qwen-edit") | {"callback_on_step_end": spoil}
+    with (
+        ditrim.attach(pipe, loaded("qwen-edit")),
+        pytest.raises(UsageError, match="noisy_latents hold NaN or infinite values"),
+    ):
+        run(pipe, arguments)

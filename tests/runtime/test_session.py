@@ -103,6 +103,13 @@ def test_a_run_can_be_stopped_and_resumed_elsewhere(tiny_engine_sets: Any) -> No
         ({"text_embeds": torch.zeros(1, 6, 7)}, "text_embeds has 7 channels, the model takes 24"),
         ({"text_embeds": torch.zeros(2, 6, 24)}, "text_embeds has batch 2, noisy_latents have 1"),
         ({"text_mask": torch.zeros(1, 6)}, "a text mask without any token"),
+        ({"text_mask": torch.ones(1, 5)}, r"text mask has shape \(1, 5\), .* need \(1, 6\)"),
+        ({"sigmas": [1.0, float("nan")]}, "sigmas must be finite"),
+        ({"guidance": float("inf")}, "guidance must be finite, got inf"),
+        (
+            {"references": [torch.zeros(1, 20, 8), torch.zeros(1, 6, 16)]},
+            r"references\[0\] has shape \(1, 20, 8\), but its batch and channels",
+        ),
     ],
 )
 def test_inputs_that_do_not_fit_are_named(
@@ -112,3 +119,19 @@ def test_inputs_that_do_not_fit_are_named(
     session = ditrim.EditSession(tiny_engine_sets("qwen-edit"), device="cpu")
     with pytest.raises(UsageError, match=message):
         next(session.denoise(**(arguments_of("qwen-edit", call, [1.0, 0.5]) | change)))
+
+
+def test_a_second_run_ends_the_first_and_observers_cannot_change_a_run(
+    tiny_engine_sets: Any,
+) -> None:
+    engines = load_engines(tiny_engine_sets("qwen-edit"), device="cpu")
+    arguments = arguments_of("qwen-edit", make_call("qwen-edit", **GRIDS), [1.0, 0.7, 0.4])
+    session = ditrim.EditSession(engines)
+    expected = [step.latents for step in session.denoise(**arguments)]
+    first = session.denoise(**arguments)
+    next(first)
+    for step, latents in zip(session.denoise(**arguments), expected, strict=True):
+        assert torch.equal(step.latents, latents)
+        step.latents.zero_()
+    with pytest.raises(UsageError, match="ended by another denoise"):
+        next(first)
