@@ -173,9 +173,7 @@ def main() -> int:
     denoisers["full"] = Denoiser(engines, FullContext())
     denoisers["anchor"] = Denoiser(engines, ToPi(interval=1))
 
-    from ditrim.engines.source import random_config  # the same configuration, for diffusers
-
-    transformer = diffusers_transformer(random_config(options))
+    transformer = diffusers_transformer(dict(config))
     size = CallSize(num_noisy=tokens, num_reference=tokens, num_text=text)
     back_layers = range(FRONT_DEPTH, NUM_LAYERS)
     products = graph_products(config, "qwen", back_layers, size, "back")
