@@ -156,9 +156,7 @@ def run_command(
         is_verbose="--verbose" in arguments or os.environ.get("DITRIM_TRACEBACK") == "1",
         is_quiet="--quiet" in arguments,
     )
-    if terminal.is_verbose:
-        _log_to(terminal.console)
-    with _signals_noted(terminal):
+    with _signals_noted(terminal), _logged(terminal):
         try:
             content = body(make_parser().parse_args(arguments), terminal)
             code, message = EXIT_OK, ""
@@ -196,14 +194,24 @@ def explain(error: BaseException, terminal: Terminal) -> tuple[int, str]:
     )
 
 
-def _log_to(console: Console) -> None:
+@contextmanager
+def _logged(terminal: Terminal) -> Iterator[None]:
+    """Show the package's log while a command runs with --verbose."""
+    if not terminal.is_verbose:
+        yield
+        return
     from rich.logging import RichHandler
 
-    handler = RichHandler(console=console, show_path=False)
+    handler = RichHandler(console=terminal.console, show_path=False)
     package = logging.getLogger("ditrim")
-    if not package.handlers:
-        package.addHandler(handler)
+    level = package.level
+    package.addHandler(handler)
     package.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)
+        package.setLevel(level)
 
 
 @contextmanager

@@ -228,12 +228,18 @@ def test_a_pipeline_without_transformer_can_be_attached(loaded: Any) -> None:
 
 
 def test_another_models_engines_are_refused(loaded: Any) -> None:
-    with pytest.raises(UsageError, match=r"is a FluxTransformer2DModel, the engine set holds a Qw"):
+    with pytest.raises(
+        UsageError, match=r"is a FluxKontextPipeline, the engine set holds a model for Q"
+    ):
         ditrim.attach(tiny_pipeline("flux-kontext"), loaded("qwen-edit"))
     with pytest.raises(
         UsageError, match=r"has zero_cond_t = True, the engine set was built with False.*build-eng"
     ):
-        ditrim.attach(tiny_pipeline("qwen-edit-2511"), loaded("qwen-edit"))
+        ditrim.attach(tiny_pipeline("qwen-edit-2511"), loaded("qwen-edit-plus"))
+    mixed = tiny_pipeline("qwen-edit")
+    mixed.transformer = tiny_pipeline("flux-kontext").transformer
+    with pytest.raises(UsageError, match="is a FluxTransformer2DModel, the engine set holds a Qw"):
+        ditrim.attach(mixed, loaded("qwen-edit"))
     with pytest.raises(UsageError, match="has no transformer and scheduler"):
         ditrim.attach(object(), loaded("qwen-edit"))
     pipe = tiny_pipeline("qwen-edit")
