@@ -158,11 +158,12 @@ def test_impossible_split_names_what_is_allowed(
 def test_defaults_of_a_family_fit_its_released_depth(family: str) -> None:
     entry = FAMILIES[family]
     num_layers = 57 if entry.architecture == "flux" else 60
-    SplitPoint(
+    point = SplitPoint(
         num_layers=num_layers,
         front_depth=entry.front_depth,
         representative_layers=entry.representative_layers,
     )
+    assert min(point.representative_layers) >= point.front_depth == 10
 
 
 def test_unsupported_transformer_is_named() -> None:
