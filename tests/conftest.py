@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,11 @@ import pytest
 
 # `--import-mode=importlib` leaves sys.path alone; helpers stand beside this file.
 sys.path.insert(0, str(Path(__file__).parent))
+
+# Started in the background of a shell without job control, this process ignores SIGINT, and so
+# would the commands whose interruption is tested.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
