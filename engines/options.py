@@ -181,6 +181,9 @@ class BuildOptions:
                 )
         if self.revision is not None and (self.preset is not None or is_random):
             raise UsageError("--revision needs weights from the hub: --weights <hub id>")
+        for key, value in self.config.items():
+            if isinstance(value, int) and not isinstance(value, bool):
+                _expect_count(f"--config {key}", value, least=0 if key.endswith("layers") else 1)
         depths = {"num_layers", "num_single_layers"} & set(self.config)
         if self.num_layers is not None and depths:
             raise UsageError(

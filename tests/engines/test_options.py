@@ -128,3 +128,8 @@ def test_command_line_gives_the_same_options_back(options: BuildOptions) -> None
         options.config,
     )
     assert again.command() == options.command()
+
+
+def test_sizes_of_zero_in_the_configuration_are_named() -> None:
+    with pytest.raises(UsageError, match="--config num_attention_heads is 0; it must be a whole"):
+        BuildOptions(weights="random", config={"num_attention_heads": 0})
