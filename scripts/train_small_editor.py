@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.torch import load_file
 from torch import nn
 
 from ditrim.runtime.small_editor.evaluation import (
@@ -69,12 +70,14 @@ THIRD_BUCKETS: Buckets = (
 )
 
 # Learning rate from the level part on: (share of the steps, share of the rate), linear between.
-# The third phase warms up once more.
+# The third phase warms up once more, and so does the fourth, which is the third for longer.
 DECAY: tuple[tuple[float, float], ...] = (
-    (2800 / 5500, 1.0),
-    (3500 / 5500, 5 / 12),
-    (4700 / 5500, 0.0),
-    (4740 / 5500, 0.6),
+    (2800 / 14000, 1.0),
+    (3500 / 14000, 5 / 12),
+    (4700 / 14000, 0.0),
+    (4740 / 14000, 0.6),
+    (5500 / 14000, 0.0),
+    (5600 / 14000, 0.8),
     (1.0, 0.0),
 )
 
@@ -83,7 +86,7 @@ DECAY: tuple[tuple[float, float], ...] = (
 class TrainingConfig:
     """What decides a run's weights, next to the library versions."""
 
-    steps: int = 5500
+    steps: int = 14000
     seed: int = 0
     batch_size: int = 16
     learning_rate: float = 1e-3
@@ -359,6 +362,18 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     os.replace(beside, path)
 
 
+def load_model(folder: Path, trainee: Trainee) -> tuple[int, float, list[str]]:
+    """Read an exported `model` folder's weights into `trainee`; its steps, seconds and log."""
+    if not (folder / "metrics.json").is_file():
+        raise SystemExit(f"--continue-from: {folder} holds no exported model (no metrics.json)")
+    about = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    for name in ("transformer", "text_encoder"):
+        [weights] = (folder / name).glob("*.safetensors")
+        getattr(trainee, name).load_state_dict(load_file(weights))
+    log = (folder / "training-log.jsonl").read_text(encoding="utf-8").splitlines()
+    return int(about["trained_steps"]), float(about["training_seconds"]), log
+
+
 def load_checkpoint(path: Path, config: TrainingConfig) -> dict[str, Any]:
     """Read a checkpoint; all but the number of steps must be as it was."""
     if not path.is_file():
@@ -387,6 +402,7 @@ def train(
     device: torch.device,
     precision: str = "bf16",
     resume: bool = False,
+    continue_from: Path | None = None,
     compile_blocks: bool = False,
     checkpoint_every: int = 250,
     log_every: int = 20,
@@ -396,18 +412,21 @@ def train(
     """Train, or go on training, and return the averaged model.
 
     Writes `checkpoint.pt` and `training-log.jsonl` into `output`. `stop_after` ends early at that
-    step, as an interruption would, with a checkpoint.
+    step, as an interruption would, with a checkpoint. `continue_from` is an exported `model`
+    folder: its averaged weights, at the step that they were trained to, with new optimizer states.
     """
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
     trainee, average = Trainee(config).to(device), Trainee(config).to(device)
+    first, elapsed = 0, 0.0
+    lines: list[str] = []
+    if continue_from is not None:
+        first, elapsed, lines = load_model(continue_from, trainee)
     average.load_state_dict(trainee.state_dict())
     average.requires_grad_(False)
     trainee.transformer.set_attn_processor(RealRopeAttention())
     optimizers = Optimizers(trainee, config)
     checkpoint, log_path = output / "checkpoint.pt", output / "training-log.jsonl"
-    first, elapsed = 0, 0.0
-    lines: list[str] = []
     if resume:
         state = load_checkpoint(checkpoint, config)
         trainee.load_state_dict(state["trainee"])
@@ -501,6 +520,7 @@ def write_results(
     device: torch.device,
     count: int,
     num_inference_steps: int,
+    seed: int = 0,
     trained: dict[str, Any],
 ) -> dict[str, Any]:
     """Write weights, log, held-out metrics, contact sheet and samples; return the metrics."""
@@ -513,7 +533,7 @@ def write_results(
     pipeline.to(device)
     pipeline.set_progress_bar_config(desc="evaluating", leave=False)
     metrics, edits, answers = evaluate(
-        pipeline, count=count, num_inference_steps=num_inference_steps
+        pipeline, count=count, num_inference_steps=num_inference_steps, seed=seed
     )
     weights = (*average.transformer.parameters(), *average.text_encoder.parameters())
     about = {"parameters": sum(w.numel() for w in weights), **trained, "config": asdict(config)}
@@ -547,11 +567,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=None, help="torch threads on a CPU")
     parser.add_argument("--compile", action="store_true", help="torch.compile the blocks")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
+    parser.add_argument(
+        "--continue-from",
+        type=Path,
+        metavar="MODEL",
+        help="go on from an exported model folder, with new optimizer states",
+    )
     parser.add_argument("--checkpoint-every", type=int, default=250)
     parser.add_argument(
         "--evaluate-only", action="store_true", help="measure the model of the checkpoint"
     )
     parser.add_argument("--evaluate-count", type=int, default=64, help="edits a category")
+    parser.add_argument("--evaluate-seed", type=int, default=0, help="of the held-out edits")
     parser.add_argument("--evaluate-steps", type=int, default=40, help="sampling steps")
     return parser.parse_args(argv)
 
@@ -579,6 +606,7 @@ def main(argv: list[str] | None = None) -> int:
             device=device,
             precision=arguments.precision,
             resume=arguments.resume,
+            continue_from=arguments.continue_from,
             compile_blocks=arguments.compile,
             checkpoint_every=arguments.checkpoint_every,
         )
@@ -592,6 +620,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments.output,
         device=device,
         count=arguments.evaluate_count,
+        seed=arguments.evaluate_seed,
         num_inference_steps=arguments.evaluate_steps,
         trained={"trained_steps": state["step"], "training_seconds": round(state["seconds"])},
     )

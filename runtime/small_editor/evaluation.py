@@ -112,12 +112,20 @@ def evaluate(
     *,
     count: int = 64,
     num_inference_steps: int = 40,
+    seed: int = 0,
     categories: Sequence[str] = CATEGORIES,
 ) -> tuple[dict[str, Any], list[EditExample], list[Picture]]:
-    """Run `count` held-out edits of each category; returns the metrics, the edits, the answers."""
-    edits = [edit for name in categories for edit in held_out_edits(count, category=name)]
+    """Run `count` held-out edits of each category; returns the metrics, the edits, the answers.
+
+    `seed` chooses the edits.
+    """
+    edits = [edit for name in categories for edit in held_out_edits(count, seed, name)]
     answers = run_edits(pipeline, edits, num_inference_steps=num_inference_steps)
-    settings = {"num_inference_steps": num_inference_steps, "edits_per_category": count}
+    settings = {
+        "num_inference_steps": num_inference_steps,
+        "edits_per_category": count,
+        "held_out_seed": seed,
+    }
     return settings | summarise(edits, answers), edits, answers
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from algorithm_1 import run_model
 from safetensors import safe_open
-from tiny import Call, make_call, tiny_transformer
+from tiny import FAMILY_NAMES, Call, make_call, tiny_transformer
 
 from ditrim.export.graph import export_graph, write_graph
 from ditrim.export.split import SplitPoint
@@ -100,13 +100,13 @@ def check_all(family: str, num_layers: int, front_depth: int, folder: Path) -> N
         assert relative_error(found["velocity"], reduced) < 1e-4
 
 
-@pytest.mark.parametrize("family", ["qwen-edit-2511", "flux-kontext"])
+@pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_front_depth_zero_gives_the_models_own_result(family: str, tmp_path: Path) -> None:
     check_all(family, 4, 0, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["flux-kontext"])
+@pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_the_papers_front_depth_gives_the_models_own_result(family: str, tmp_path: Path) -> None:
     check_all(family, 12, 10, tmp_path)
 
