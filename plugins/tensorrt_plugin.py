@@ -8,11 +8,16 @@ Limits: bfloat16 and float16 queries and keys; the head width is known when the 
 scores are float32. Batch, heads, rows and keys may be free. A plan serves GPUs of the compute
 capability it was built for. Trade-off: `tensorrt.plugin` reads annotations as classes, so this
 module does not postpone their evaluation, and its functions are defined where the library is there.
+The scale is declared as an array: TensorRT before 11.4 turns a lone number's field of shape (1,)
+into a `float`, which NumPy 2.4 no longer does.
 """
 
 import logging
 import math
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from ditrim.plugins.compiled import PARAMETERS, compile_kernel, target_for_capability
 from ditrim.plugins.errors import BackendError, UsageError
@@ -94,18 +99,24 @@ def _constant_width(queries: Any) -> int:
     return int(width.constant_value())
 
 
-def _check_scale(scale: float) -> float:
+def _check_scale(field: npt.NDArray[np.float32]) -> float:
     """Reject a scale that was lost or misread between the graph and here."""
+    if np.size(field) != 1:
+        raise UsageError(f"{PLUGIN_ID} got {np.size(field)} scales in place of one")
+    scale = float(np.reshape(field, ()))
     if not math.isfinite(scale) or not 1e-6 <= abs(scale) <= 1e6:
         raise UsageError(f"{PLUGIN_ID} got scale {scale}, which is no scale of an attention")
-    return float(scale)
+    return scale
 
 
 def _define(tensorrt: Any, trtp: Any, target: int) -> None:
     """The plugin's three functions; `tensorrt.plugin` checks their names and annotations."""
 
     def describe(
-        queries: trtp.TensorDesc, keys: trtp.TensorDesc, bias: trtp.TensorDesc, scale: float
+        queries: trtp.TensorDesc,
+        keys: trtp.TensorDesc,
+        bias: trtp.TensorDesc,
+        scale: npt.NDArray[np.float32],
     ) -> trtp.TensorDesc:
         """(B, H, R, D), (B, H, N, D) and (B, H, N) -> (B, H, R) float32."""
         for tensor, (name, rank) in zip((queries, keys, bias), _RANKS.items(), strict=True):
@@ -126,7 +137,7 @@ def _define(tensorrt: Any, trtp: Any, target: int) -> None:
         queries: trtp.TensorDesc,
         keys: trtp.TensorDesc,
         bias: trtp.TensorDesc,
-        scale: float,
+        scale: npt.NDArray[np.float32],
         outputs: tuple[trtp.TensorDesc],
         tactic: int,
     ) -> tuple[str | bytes, str | bytes, trtp.KernelLaunchParams, trtp.SymIntExprs]:

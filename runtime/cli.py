@@ -30,6 +30,7 @@ _EXAMPLES = """\
 _POLICIES = ("topi", "full", "random")
 _POLICY_OPTIONS = ("tau", "interval", "warmup", "score_every", "min_kept", "max_kept")
 _MAX_SEED = 2**32 - 1
+_MAX_THREADS = 1024
 
 
 def _parser() -> CommandParser:
@@ -196,8 +197,10 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise UsageError(f"--seed must lie in [0, {_MAX_SEED}], got {args.seed}")
     if args.steps is not None and not 1 <= args.steps <= 1000:
         raise UsageError(f"--steps must lie in [1, 1000], got {args.steps}")
-    if args.threads < 0:
-        raise UsageError(f"--threads must be 0 (one a core) or more, got {args.threads}")
+    if not 0 <= args.threads <= _MAX_THREADS:
+        raise UsageError(
+            f"--threads must be in [0, {_MAX_THREADS}] (0: one a core), got {args.threads}"
+        )
     for option, value in (
         ("--true-cfg-scale", args.true_cfg_scale),
         ("--guidance", args.guidance),

@@ -347,14 +347,15 @@ def ask_functions(library: Any, dtype: DataType, width: Expression, scale: float
         TensorDesc(tuple(map(Length, shape)), kind)
         for shape, kind in zip(dimensions(width), kinds, strict=True)
     ]
-    output = functions["register"](*tensors, scale)
+    field = np.array([scale], np.float32)
+    output = functions["register"](*tensors, field)
     (choice,) = functions["autotune"](*tensors, (output,))
     names = {"FP32": DataType.FLOAT, "FP16": DataType.HALF, "BF16": DataType.BF16}
     columns = [column.strip().split("|") for column in choice.io_types.split(",")]
     combinations = [
         tuple((names[c[min(i, len(c) - 1)]], choice.layouts) for c in columns) for i in range(2)
     ]
-    name, ptx, launch, scalars = functions["aot_impl"](*tensors, scale, (output,), 1)
+    name, ptx, launch, scalars = functions["aot_impl"](*tensors, field, (output,), 1)
     return Answer(
         output_dtype=output.dtype,
         output_shape=[length.expression for length in output.shape_expr],
