@@ -286,7 +286,8 @@ def _tint(draw: _Draw) -> _Edit:
 def _change_background(draw: _Draw) -> _Edit:
     scene = _scene(draw, main=draw.pick(draw.main))
     used = {item.colour for item in scene.items}
-    name = draw.pick([name for name in COLOURS if name not in used])
+    # A large scene can show every colour; then any will do, as a background is paler.
+    name = draw.pick([name for name in COLOURS if name not in used] or list(COLOURS))
     red, green, blue = (0.6 * channel + 0.2 for channel in COLOURS[name])
     light = (0.7 * red + 0.3, 0.7 * green + 0.3, 0.7 * blue + 0.3)
     kind = draw.pick(("plain", "plain", "stripes", "checks", "dots"))

@@ -163,3 +163,10 @@ def test_zoom_shows_the_middle_enlarged():
     halved = close.reshape(24, 2, 24, 2, 3).mean(axis=(1, 3))
     assert np.abs(wide[12:36, 12:36] - halved).max() <= 32  # edges, drawn at another resolution
     assert np.abs(wide[12:36, 12:36] - halved).mean() < 1
+
+
+def test_background_of_a_scene_that_shows_every_colour_can_change():
+    rng = np.random.default_rng(146)
+    edit = sample_edit(rng, split="train", reference="large", kind="background")
+    assert len({colour for colour, _ in edit.pairs}) == len(COLOURS)
+    assert edit.edit_mask.any()
