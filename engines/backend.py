@@ -32,10 +32,12 @@ class Engines(Protocol):
         inputs: Mapping[str, torch.Tensor],
         outputs: Mapping[str, torch.Tensor],
     ) -> None:
-        """Run "front" or "back" from and into the caller's tensors. Thread-safe.
+        """Run "front", "back" or "anchor" from and into the caller's tensors. Thread-safe.
 
         Args:
-            role: which graph.
+            role: which graph; "anchor" is BACK on a step whose influence is read. A set without an
+                anchor plan of its own runs BACK; one with it leaves the scoring out of BACK, which
+                then does not write `influence`.
             inputs: contiguous tensors on `device` by name; names that the graph does not take are
                 ignored.
             outputs: contiguous tensors on `device` of the right shapes, written in place.

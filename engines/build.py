@@ -24,13 +24,15 @@ from ditrim.engines.identity import backend_version, identity_of
 from ditrim.engines.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
-    ROLES,
     FileEntry,
     GraphSpec,
     Manifest,
+    PlanSpec,
     TensorSpec,
 )
 from ditrim.engines.options import BuildOptions
+from ditrim.engines.place import check_place, check_replaceable
+from ditrim.engines.profiles import plan_roles
 from ditrim.engines.source import (
     Source,
     SplitChoice,
@@ -51,22 +53,29 @@ from ditrim.engines.staging import (
     target_locked,
     write_durably,
 )
-from ditrim.plugins.errors import DitrimError, EngineSetError, UsageError
+from ditrim.engines.tensorrt_builder import (
+    LibraryFacts,
+    PlanRequest,
+    Target,
+    ask_library,
+    build_plan,
+    choose_target,
+    describe_target,
+)
+from ditrim.engines.tensorrt_library import present_gpu
+from ditrim.plugins.errors import DitrimError, EngineSetError
 
 if TYPE_CHECKING:
     import onnx_ir as ir
     import torch
+
+    from ditrim.export.split import SplitPoint
 
 logger = logging.getLogger(__name__)
 
 _ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 # Graphs and inline constants, on top of the weights.
 _GRAPH_BYTES = 64_000
-# What a set can hold besides what its manifest lists, when the manifest is damaged.
-_KNOWN_NAMES = {
-    MANIFEST_NAME,
-    *(f"{role}.{ending}" for role in ROLES for ending in ("onnx", "safetensors")),
-}
 
 
 class Progress(Protocol):
@@ -76,8 +85,8 @@ class Progress(Protocol):
         """A new stage begins. May raise to stop the build."""
         ...
 
-    def update(self, done: int, total: int) -> None:
-        """Bytes of this stage's work that are done, and in all."""
+    def update(self, done: int, total: int, unit: str = "bytes") -> None:
+        """How much of this stage's work is done, and in all; in bytes, or in steps."""
         ...
 
     def note(self, message: str) -> None:
@@ -91,7 +100,7 @@ class LoggedProgress:
     def stage(self, name: str) -> None:
         logger.info("%s", name)
 
-    def update(self, done: int, total: int) -> None:
+    def update(self, done: int, total: int, unit: str = "bytes") -> None:
         pass
 
     def note(self, message: str) -> None:
@@ -123,6 +132,7 @@ class _Plan:
     prints: Mapping[str, Mapping[str, Any]]
     identity: str
     target: Path
+    built_for: Target | None
 
 
 def build_engine_set(options: BuildOptions, *, progress: Progress | None = None) -> EngineSet:
@@ -144,9 +154,13 @@ def run_build(options: BuildOptions, *, progress: Progress | None = None) -> Bui
     progress = progress or LoggedProgress()
     start = time.monotonic()
     target = Path(os.path.realpath(options.target))
+    check_place(target)
     recover(target)
-    check_target(target)
+    check_replaceable(target)
     progress.stage("Fingerprint")
+    if options.needs_library:
+        backend_version(options.backend)
+    built_for = choose_target(options, present_gpu()) if options.builds_plans else None
     source = find_source(options)
     split = choose_split(options, source)
     prints = fingerprint(source, _known_prints(target, source), progress.update)
@@ -155,8 +169,9 @@ def run_build(options: BuildOptions, *, progress: Progress | None = None) -> Bui
         source=source,
         split=split,
         prints=prints,
-        identity=_identity(options, source, split, prints),
+        identity=_identity(options, source, split, prints, built_for),
         target=target,
+        built_for=built_for,
     )
     reused = None if options.force else _find_unchanged(plan)
     is_reused = isinstance(reused, EngineSet)
@@ -172,38 +187,6 @@ def run_build(options: BuildOptions, *, progress: Progress | None = None) -> Bui
     engine_set = reused if isinstance(reused, EngineSet) else load_engine_set(target)
     engine_set = replace(engine_set, folder=options.target)
     return BuildResult(engine_set=engine_set, is_reused=is_reused, seconds=time.monotonic() - start)
-
-
-def check_target(target: Path) -> None:
-    """Check that a folder may be replaced: it is empty, or holds an engine set and nothing else.
-
-    Raises:
-        UsageError: names what is there.
-    """
-    if not os.path.lexists(target):
-        return
-    if not target.is_dir():
-        raise UsageError(f"--output {target} is a file; give a folder")
-    names = {path.name for path in target.iterdir()}
-    if not names:
-        return
-    if MANIFEST_NAME not in names:
-        raise UsageError(
-            f"--output {target} exists and is not an engine set: it has no {MANIFEST_NAME}. It is "
-            "never overwritten; choose another folder"
-        )
-    known = set(_KNOWN_NAMES)
-    try:
-        known |= {entry.path for entry in read_manifest(target).files}
-    except EngineSetError as error:
-        logger.info("%s", error)
-    others = sorted(names - known)
-    if others:
-        raise UsageError(
-            f"--output {target} holds files that are not part of an engine set "
-            f"({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}), which replacing it "
-            "would delete; move them away or choose another folder"
-        )
 
 
 def _known_prints(target: Path, source: Source) -> Mapping[str, Any]:
@@ -223,12 +206,15 @@ def _identity(
     source: Source,
     split: SplitChoice,
     prints: Mapping[str, Mapping[str, Any]],
+    built_for: Target | None,
 ) -> str:
     return identity_of(
         options={**options.shaping(), "split": asdict(split), "source": source.kind},
         config=dict(source.config),
         weights=weights_identity(source, prints),
         backend=options.backend,
+        device="any" if built_for is None else built_for.identity(),
+        is_graph_only=not options.needs_library,
     )
 
 
@@ -269,10 +255,18 @@ def _refresh_prints(plan: _Plan, engine_set: EngineSet) -> EngineSet:
 
 def _build(plan: _Plan, progress: Progress) -> None:
     with _naming_path(plan.target), staging_folder(plan.target) as folder:
+        facts = None
+        if plan.built_for is not None:
+            progress.stage("Check the builder")
+            facts = ask_library(plan.built_for)
         graphs, config = _write_graphs(plan, folder, progress)
+        plans: dict[str, PlanSpec] = {}
+        built_for: dict[str, Any] = {}
+        if facts is not None:
+            graphs, plans, built_for = _build_plans(plan, facts, graphs, folder, progress)
         progress.stage("Verify")
-        check_unchanged(plan.source, plan.prints)
-        files = _finish_files(folder, progress)
+        prints = check_unchanged(plan.source, plan.prints, were_linked=_links_weights(plan))
+        files = _finish_files(folder, progress, _known_hashes(plan, folder))
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             identity=plan.identity,
@@ -290,16 +284,20 @@ def _build(plan: _Plan, progress: Progress) -> None:
             limits=plan.options.limits,
             precision=plan.options.precision,
             backend=plan.options.backend,
-            backend_version=backend_version(plan.options.backend),
+            backend_version=backend_version(plan.options.backend)
+            if plan.options.needs_library
+            else "",
             graphs=graphs,
+            plans=plans,
+            target=built_for,
             files=files,
-            source=describe(plan.source, plan.prints),
+            source=describe(plan.source, prints),
             command=_command(plan),
             created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         )
         write_durably(folder / MANIFEST_NAME, manifest.to_json())
         load_engine_set(folder)
-        check_target(plan.target)
+        check_replaceable(plan.target)
         progress.stage("Place")
         commit(folder, plan.target)
 
@@ -333,18 +331,22 @@ def _write_graphs(
     from ditrim.export.graph import export_graph, write_graph
     from ditrim.export.split import SplitPoint, blocks_of
 
-    dtype = {"fp32": torch.float32, "fp16": torch.float16}[plan.options.precision]
-    transformer = _load(plan, folder, dtype, progress)
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[
+        plan.options.precision
+    ]
     point = SplitPoint(
         num_layers=plan.split.num_layers,
         front_depth=plan.split.front_depth,
         representative_layers=plan.split.representative_layers,
     )
+    if _links_weights(plan):
+        return _link_graphs(plan, point, dtype, folder, progress)
+    transformer = _load(plan, folder, dtype, progress)
     assert len(blocks_of(transformer)) == point.num_layers
     graphs = {}
-    for role in ROLES:
+    for role, part, is_scored in _parts(plan.options):
         progress.stage(f"Trace {role}")
-        model = export_graph(transformer, point, role, dtype)
+        model = export_graph(transformer, point, part, dtype, scored=is_scored)
         graphs[role] = graph_spec(model, f"{role}.onnx")
         progress.stage(f"Write {role}")
         write_graph(model, folder, role)
@@ -357,6 +359,113 @@ def _write_graphs(
     return graphs, config
 
 
+def _links_weights(plan: _Plan) -> bool:
+    """Whether the graphs point into the checkpoint's own files."""
+    options = plan.options
+    return plan.source.checkpoint is not None and (options.graph_only or options.builds_plans)
+
+
+def _parts(options: BuildOptions) -> list[tuple[str, str, bool]]:
+    """Graphs to write: role, which part of the model it is, and whether it scores."""
+    separate = options.separate_anchor
+    parts = {"front": ("front", False), "back": ("back", not separate), "anchor": ("back", True)}
+    return [(role, *parts[role]) for role in plan_roles(separate_anchor=separate)]
+
+
+def _link_graphs(
+    plan: _Plan, point: SplitPoint, dtype: torch.dtype, folder: Path, progress: Progress
+) -> tuple[dict[str, GraphSpec], dict[str, Any]]:
+    """`_write_graphs` for a checkpoint whose weights stay in its own files."""
+    from ditrim.export.assemble import (
+        assemble_graph,
+        index_weights,
+        num_bytes_to_copy,
+        write_linked,
+    )
+    from ditrim.export.checkpoint import empty_transformer
+
+    checkpoint, options = plan.source.checkpoint, plan.options
+    assert checkpoint is not None
+    weights = index_weights(checkpoint)
+    where = str(checkpoint.folder / "config.json")
+    transformer = empty_transformer(options.family, plan.source.config, where)
+    count = sum(value.numel() for value in transformer.parameters())
+    num_bytes = 2 * _GRAPH_BYTES + num_bytes_to_copy(weights, folder)
+    if options.builds_plans and not options.weights_stripped:
+        num_bytes += count * _ELEMENT_BYTES[options.precision] * (1 + options.separate_anchor)
+    check_free_space(folder, num_bytes)
+    graphs = {}
+    for role, part, is_scored in _parts(options):
+        progress.stage(f"Assemble {role}")
+        model = assemble_graph(
+            options.family,
+            plan.source.config,
+            point,
+            part,
+            dtype=dtype,
+            weights=weights,
+            scored=is_scored,
+        )
+        graphs[role] = graph_spec(model, f"{role}.onnx")
+        progress.stage(f"Write {role}")
+        write_linked(model, folder, role, weights)
+        _check_graph_file(folder / f"{role}.onnx")
+    config: Any = transformer.config
+    return graphs, {key: value for key, value in config.items() if not key.startswith("_")}
+
+
+def _build_plans(
+    plan: _Plan,
+    facts: LibraryFacts,
+    graphs: Mapping[str, GraphSpec],
+    folder: Path,
+    progress: Progress,
+) -> tuple[dict[str, GraphSpec], dict[str, PlanSpec], dict[str, Any]]:
+    """Build a plan from each graph; without the graphs, unless the plans need them to be loaded.
+
+    Returns:
+        the manifest's graphs, plans and target.
+    """
+    options, target = plan.options, plan.built_for
+    assert target is not None
+    plans: dict[str, PlanSpec] = {}
+    for role, profiles in options.profiles().items():
+        graph = graphs[role]
+        request = PlanRequest(
+            role=role,
+            graph=folder / graph.file,
+            plan=folder / f"{role}.plan",
+            inputs=graph.inputs,
+            outputs=graph.outputs,
+            profiles=profiles,
+            target=target,
+            options=options,
+        )
+        plans[role] = build_plan(request, progress).spec
+    if not options.weights_stripped:
+        kept = {spec.file for spec in plans.values()}
+        for path in folder.iterdir():
+            if path.name not in kept:
+                path.unlink()
+    scored = {"front": "front", "back": "anchor" if options.separate_anchor else "back"}
+    described = {
+        role: replace(graphs[other], file=plans[other].file) for role, other in scored.items()
+    }
+    return described, plans, describe_target(target, facts, options)
+
+
+def _known_hashes(plan: _Plan, folder: Path) -> dict[str, str]:
+    """Hashes of files that are the checkpoint's own, which were taken already."""
+    if plan.source.checkpoint is None:
+        return {}
+    return {
+        name: entry["sha256"]
+        for name, entry in plan.prints.items()
+        if (folder / name).is_file()
+        and (folder / name).samefile(plan.source.checkpoint.folder / name)
+    }
+
+
 def _load(plan: _Plan, folder: Path, dtype: torch.dtype, progress: Progress) -> Any:
     from ditrim.export.checkpoint import check_overrides, empty_transformer, load_transformer
 
@@ -367,7 +476,11 @@ def _load(plan: _Plan, folder: Path, dtype: torch.dtype, progress: Progress) -> 
         where = str(source.checkpoint.folder / "config.json")
     empty = empty_transformer(options.family, source.config, where)
     count = sum(value.numel() for value in empty.parameters())
-    check_free_space(folder, count * _ELEMENT_BYTES[options.precision] + 2 * _GRAPH_BYTES)
+    # A plan holds the weights once more, and the graph is needed until it is built.
+    copies = 1 + options.separate_anchor
+    if options.builds_plans and not options.weights_stripped:
+        copies *= 2
+    check_free_space(folder, copies * count * _ELEMENT_BYTES[options.precision] + 2 * _GRAPH_BYTES)
     progress.stage("Load weights")
     if source.checkpoint is not None:
         return load_transformer(options.family, source.checkpoint, dtype, on_bytes=progress.update)
@@ -420,8 +533,10 @@ def _tensor_spec(value: ir.Value) -> TensorSpec:
 def _check_graph_file(path: Path) -> None:
     import onnx
 
+    from ditrim.export.assemble import check_linked
+
     try:
-        onnx.checker.check_model(str(path))
+        check_linked(path)
     except onnx.checker.ValidationError as error:
         raise DitrimError(
             f"the graph {path.name} that was written is not valid ONNX ({error}); this is a fault "
@@ -429,15 +544,18 @@ def _check_graph_file(path: Path) -> None:
         ) from error
 
 
-def _finish_files(folder: Path, progress: Progress) -> tuple[FileEntry, ...]:
-    """Bring the files to the disk and take their hashes."""
+def _finish_files(
+    folder: Path, progress: Progress, known: Mapping[str, str]
+) -> tuple[FileEntry, ...]:
+    """Bring the files to the disk and take their hashes, where they are not known."""
     paths = sorted(path for path in folder.iterdir() if path.is_file())
     total = sum(path.stat().st_size for path in paths)
     done, entries = 0, []
     for path in paths:
         fsync_path(path)
         size = path.stat().st_size
-        entries.append(FileEntry(path=path.name, num_bytes=size, sha256=sha256_of(path)))
+        sha256 = known.get(path.name) or sha256_of(path)
+        entries.append(FileEntry(path=path.name, num_bytes=size, sha256=sha256))
         done += size
         progress.update(done, total)
     return tuple(entries)
@@ -446,6 +564,7 @@ def _finish_files(folder: Path, progress: Progress) -> tuple[FileEntry, ...]:
 def summary_of(result: BuildResult) -> dict[str, Any]:
     """What `build-engine --json` says of a build."""
     manifest = result.engine_set.manifest
+    sizes = {entry.path: entry.num_bytes for entry in manifest.files}
     return {
         "engine_set": str(result.engine_set.folder),
         "is_reused": result.is_reused,
@@ -463,6 +582,15 @@ def summary_of(result: BuildResult) -> dict[str, Any]:
         "ladder": list(manifest.ladder.rungs),
         "granularity": manifest.ladder.granularity,
         "limits": asdict(manifest.limits),
+        "plans": {
+            role: {
+                "num_profiles": len(spec.profiles),
+                "num_bytes": sizes[spec.file],
+                "device_memory_bytes": spec.device_memory_bytes,
+            }
+            for role, spec in manifest.plans.items()
+        },
+        "target": manifest.target,
         "num_bytes": sum(entry.num_bytes for entry in manifest.files),
         "command": manifest.command,
     }

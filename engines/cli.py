@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from ditrim.engines.build import run_build, summary_of
 from ditrim.engines.console import CommandParser, Terminal, run_command
-from ditrim.engines.options import PRESETS, VERIFY, BuildOptions
+from ditrim.engines.options import BACKENDS, PRESETS, VERIFY, BuildOptions
+from ditrim.engines.source import planned_config
 from ditrim.engines.staging import format_bytes
 from ditrim.export.family import FAMILIES
 from ditrim.plugins.errors import UsageError
@@ -19,14 +21,17 @@ _EXAMPLES = """\
   build-engine --model qwen-edit --output engines-out/qwen-edit
   build-engine --model flux-kontext --weights ./FLUX.1-Kontext-dev --precision fp16
   build-engine --model qwen-edit --weights random --num-layers 3 --resolution 512x512
-  build-engine --model qwen-edit-plus --num-references 3 --ladder 2048,4096,8192,12288"""
+  build-engine --model qwen-edit-plus --num-references 3 --ladder 2048,4096,8192,12288
+  build-engine --model qwen-edit --backend tensorrt --dry-run --device h100
+  build-engine --model flux-kontext --backend tensorrt-rtx --compute-capability 8.9,12.0"""
 
 
 def _parser() -> CommandParser:
     parser = CommandParser(
         "build-engine",
         description="Build an engine set: the two graphs of an in-context editor, their weights "
-        "and a manifest, in a folder.\nA set that is there and unchanged is recognised and reused.",
+        "and a manifest, or\nplans in place of the graphs, in a folder.\nA set that is there and "
+        "unchanged is recognised and reused.",
         examples=_EXAMPLES,
     )
     model = parser.add_argument_group("model")
@@ -64,19 +69,72 @@ def _parser() -> CommandParser:
     split.add_argument("--layers", metavar="L,L,...", help="layers whose attention is scored")
     engine = parser.add_argument_group("engine")
     engine.add_argument(
-        "--backend", default="onnxruntime", metavar="NAME", help="onnxruntime (default)"
+        "--backend",
+        default="onnxruntime",
+        metavar="NAME",
+        help=f"{', '.join(BACKENDS)} (default: onnxruntime)",
     )
     engine.add_argument(
         "--precision",
-        default="fp32",
+        default="",
         metavar="NAME",
-        help="fp32 (default), or fp16 for the CUDA provider",
+        help="fp32, fp16 or bf16 (default: fp32 for onnxruntime, bf16 for the others)",
+    )
+    engine.add_argument(
+        "--graph-only", action="store_true", help="stop when the graphs are written"
+    )
+    plans = parser.add_argument_group("plans (tensorrt and tensorrt-rtx)")
+    plans.add_argument(
+        "--separate-anchor",
+        action="store_true",
+        help="a plan of its own for the anchor step, and no scoring in the reduced one",
+    )
+    plans.add_argument(
+        "--allow-unfused",
+        action="store_true",
+        help="accept attention without a fused kernel, which is several times slower",
+    )
+    plans.add_argument(
+        "--workspace", metavar="SIZE", help="memory that a layer may use for itself, as 8GiB"
+    )
+    plans.add_argument(
+        "--optimization-level", type=int, metavar="N", help="0 to 5; the library's default is 3"
+    )
+    plans.add_argument(
+        "--timing-cache",
+        metavar="FILE",
+        help="kernel timings kept between builds, or none (default: in the user's cache; tensorrt)",
+    )
+    plans.add_argument(
+        "--compute-capability",
+        metavar="N.N,...",
+        help="what to build for (tensorrt-rtx; default: this GPU, without one 8.0 and up)",
+    )
+    plans.add_argument(
+        "--weights-stripped",
+        action="store_true",
+        help="plans without weights, which get them from the set's graphs when loaded",
+    )
+    for name in ("batch", "noisy-tokens", "text-tokens"):
+        plans.add_argument(f"--min-{name}", type=int, metavar="N", help="least served (default: 1)")
+        tuned = "1" if name == "batch" else "the largest"
+        plans.add_argument(
+            f"--opt-{name}", type=int, metavar="N", help=f"tuned for (default: {tuned})"
+        )
+    estimate = parser.add_argument_group("estimate")
+    estimate.add_argument(
+        "--dry-run", action="store_true", help="say what the build would take, and build nothing"
+    )
+    estimate.add_argument(
+        "--device", metavar="NAME", help="the GPU to estimate for (default: the one present)"
     )
     shape = parser.add_argument_group("lengths")
     shape.add_argument(
         "--resolution",
+        action="append",
         metavar="WxH",
-        help="size of the picture and of each reference in pixels (default: 1024x1024)",
+        help="size of the picture and of each reference in pixels; can be repeated "
+        "(default: 1024x1024)",
     )
     shape.add_argument(
         "--num-references", type=int, metavar="N", help="references in an edit (default: 1 or 2)"
@@ -126,9 +184,7 @@ def _parsed(option: str, text: str, make: Callable[[str], int], allowed: str) ->
         raise UsageError(f"{option}: {text!r} is not valid; give {allowed}") from None
 
 
-def _resolution(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
+def _resolution(text: str) -> tuple[int, int]:
     width, cross, height = text.lower().partition("x")
     if not cross:
         raise UsageError(f"--resolution: {text!r} is not valid; give WIDTHxHEIGHT, as 1024x768")
@@ -137,6 +193,28 @@ def _resolution(text: str | None) -> tuple[int, int] | None:
         _parsed("--resolution", width, int, allowed),
         _parsed("--resolution", height, int, allowed),
     )
+
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "kib": 1 << 10,
+    "mib": 1 << 20,
+    "gib": 1 << 30,
+}
+
+
+def _size(option: str, text: str | None) -> int | None:
+    """Bytes of a size with a unit, as 8GiB."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    if match is None or match[2] not in _UNITS:
+        raise UsageError(f"{option}: {text!r} is not valid; give a size, as 8GiB or 500MB")
+    return round(float(match[1]) * _UNITS[match[2]])
 
 
 def _config(items: Sequence[str]) -> dict[str, Any]:
@@ -164,18 +242,39 @@ def options_from(arguments: argparse.Namespace) -> BuildOptions:
         UsageError: one is not valid; names it.
     """
     values = vars(arguments).copy()
-    for name in ("json", "verbose", "quiet"):
+    for name in ("json", "verbose", "quiet", "dry_run", "device"):
         del values[name]
     values["layers"] = _whole_numbers("--layers", arguments.layers)
     values["ladder"] = _whole_numbers("--ladder", arguments.ladder)
-    values["resolution"] = _resolution(arguments.resolution)
+    values["resolution"] = None
+    if arguments.resolution is not None:
+        values["resolution"] = tuple(_resolution(text) for text in arguments.resolution)
+    values["workspace"] = _size("--workspace", arguments.workspace)
+    if arguments.compute_capability is not None:
+        values["compute_capability"] = tuple(arguments.compute_capability.split(","))
     values["config"] = _config(arguments.config)
     return BuildOptions(**values)
 
 
+def _estimate(options: BuildOptions, device: str | None, terminal: Terminal) -> dict[str, Any]:
+    from ditrim.engines.estimate import estimate
+
+    plan = estimate(options, planned_config(options), device)
+    for line in plan.lines():
+        terminal.say(line)
+    return {"estimate": plan.to_dict()}
+
+
 def _build(arguments: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
     options = options_from(arguments)
-    if options.precision == "fp16":
+    if arguments.dry_run:
+        return _estimate(options, arguments.device, terminal)
+    if arguments.device is not None:
+        raise UsageError(
+            "--device names the GPU of an estimate and needs --dry-run; plans are built for the "
+            "GPU that is present, or with --compute-capability"
+        )
+    if options.precision == "fp16" and options.backend == "onnxruntime":
         terminal.note("fp16 graphs need ONNX Runtime's CUDA provider (onnxruntime-gpu) to run")
     with terminal.progress() as progress:
         result = run_build(options, progress=progress)
@@ -198,7 +297,21 @@ def _build(arguments: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
         f"({', '.join(map(str, manifest.ladder.rungs))}), noisy {limits.noisy}, text "
         f"{limits.text}, batch {limits.batch}"
     )
+    for role, plan in summary["plans"].items():
+        built_for = ", ".join(manifest.target["compute_capabilities"])
+        terminal.say(
+            f"  {role} plan: {format_bytes(plan['num_bytes'])}, {plan['num_profiles']} profiles"
+            + _activations(plan["device_memory_bytes"])
+            + f", compute capability {built_for}"
+        )
     return summary
+
+
+def _activations(sizes: Sequence[int] | None) -> str:
+    """What the library said that a plan's activations take, from the shortest to the longest."""
+    if not sizes:
+        return ""
+    return f", activations {format_bytes(min(sizes))} to {format_bytes(max(sizes))}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -123,10 +123,12 @@ class Terminal:
         elif not self.is_quiet:
             self.console.print(escape(name), soft_wrap=True)
 
-    def update(self, done: int, total: int) -> None:
-        """Bytes of this stage that are done, and in all."""
+    def update(self, done: int, total: int, unit: str = "bytes") -> None:
+        """How much of this stage is done, and in all; in bytes, or in steps shown as a share."""
         if self._progress is not None and self._task is not None:
             amount = f"{done / 1e6:,.0f} / {total / 1e6:,.0f} MB"
+            if unit != "bytes":
+                amount = f"{100 * done / max(1, total):.0f} %"
             self._progress.update(self._task, completed=done, total=total, amount=amount)
 
     def _end_stage(self) -> None:

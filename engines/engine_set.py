@@ -6,13 +6,13 @@ import hashlib
 import os
 import shlex
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
 from ditrim.engines.identity import BACKEND_DISTRIBUTIONS, backend_version
-from ditrim.engines.manifest import MANIFEST_NAME, ROLES, Manifest
+from ditrim.engines.manifest import MANIFEST_NAME, GraphSpec, Manifest, PlanSpec
 from ditrim.engines.staging import recover
 from ditrim.plugins.errors import BackendError, EngineSetError
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # An honest manifest has some tens of kilobytes; a larger file is not read into memory.
 _MANIFEST_BYTES = 16 * 1024 * 1024
+_SWITCHES = ("--separate-anchor", "--allow-unfused", "--graph-only", "--weights-stripped")
+_GRAPH_SUFFIX, _PLAN_SUFFIX = ".onnx", ".plan"
 # Options whose values follow from others: replacing one drops the ones that contradict it.
 _CONTRADICTED = {
     "--max-reference-tokens": ("--ladder", "--num-references"),
@@ -37,7 +39,9 @@ class EngineSet:
     manifest: Manifest
 
     def path_of(self, role: str) -> Path:
-        """The graph file of "front" or "back"."""
+        """The file of "front", "back" or "anchor": its plan, or where there are none its graph."""
+        if role in self.manifest.plans:
+            return self.folder / self.manifest.plans[role].file
         return self.folder / self.manifest.graphs[role].file
 
     def rebuild_command(self, **changes: object) -> str:
@@ -64,12 +68,13 @@ def rebuild_command(command: str, folder: Path, **changes: object) -> str:
 
 
 def _without(arguments: Sequence[str], option: str) -> list[str]:
+    """Leave out an option, with its value unless it is a switch."""
     kept: list[str] = []
     is_value = False
     for argument in arguments:
         if not is_value and argument != option:
             kept.append(argument)
-        is_value = argument == option and not is_value
+        is_value = argument == option and option not in _SWITCHES and not is_value
     return kept
 
 
@@ -84,7 +89,7 @@ def load_engine_set(
     Args:
         folder: what build-engine wrote.
         verify: "sizes" checks that every file is there with its size, and the SHA-256 of the
-            graphs; "hashes" that of the weights too.
+            graphs; "hashes" that of the weights and plans too.
         allow_other_version: accept another version of the backend than the set was built for.
 
     Raises:
@@ -98,8 +103,9 @@ def load_engine_set(
     engine_set = EngineSet(folder=path, manifest=read_manifest(path))
     check_files(engine_set, hashes=verify == "hashes")
     _check_backend(engine_set, allow_other_version=allow_other_version)
-    for role in ROLES:
-        _check_graph(engine_set, role)
+    for entry in engine_set.manifest.files:
+        if entry.path.endswith(_GRAPH_SUFFIX):
+            _check_graph(engine_set, path / entry.path)
     return engine_set
 
 
@@ -180,12 +186,21 @@ def check_files(engine_set: EngineSet, *, hashes: bool) -> None:
     folder, manifest = engine_set.folder, engine_set.manifest
     again = f"Build it again with: {engine_set.rebuild_command()} --force"
     listed = {entry.path for entry in manifest.files}
-    for role, graph in manifest.graphs.items():
-        if graph.file not in listed:
-            raise EngineSetError(
-                f"engine set {folder}: the {role} graph {graph.file!r} is not among the listed "
-                f"files. {again}"
-            )
+    specs: dict[str, Mapping[str, GraphSpec] | Mapping[str, PlanSpec]] = {
+        "graph": manifest.graphs,
+        "plan": manifest.plans,
+    }
+    for kind, entries in specs.items():
+        for role, graph in entries.items():
+            if graph.file not in listed:
+                raise EngineSetError(
+                    f"engine set {folder}: the {role} {kind} {graph.file!r} is not among the "
+                    f"listed files. {again}"
+                )
+            if not graph.file.endswith(_PLAN_SUFFIX if manifest.plans else _GRAPH_SUFFIX):
+                raise EngineSetError(
+                    f"engine set {folder}: {graph.file!r} is not a {kind} by its name. {again}"
+                )
     for entry in manifest.files:
         path = safe_path(folder, entry.path)
         try:
@@ -202,7 +217,7 @@ def check_files(engine_set: EngineSet, *, hashes: bool) -> None:
                 f"{entry.num_bytes}: it is truncated or was changed. {again}"
             )
         # Graphs are small: they are always hashed.
-        if (hashes or path.suffix == ".onnx") and sha256_of(path) != entry.sha256:
+        if (hashes or path.suffix == _GRAPH_SUFFIX) and sha256_of(path) != entry.sha256:
             raise EngineSetError(
                 f"engine set {folder}: the file {entry.path} was changed: its SHA-256 is not the "
                 f"manifest's. {again}"
@@ -222,6 +237,8 @@ def _check_backend(engine_set: EngineSet, *, allow_other_version: bool) -> None:
             f"engine set {engine_set.folder} was built for the backend {manifest.backend!r}, which "
             f"this version of ditrim does not know; known: {', '.join(BACKEND_DISTRIBUTIONS)}"
         )
+    if not manifest.backend_version:  # graphs only, made without the library
+        return
     try:
         installed = backend_version(manifest.backend)
     except BackendError as error:
@@ -235,12 +252,12 @@ def _check_backend(engine_set: EngineSet, *, allow_other_version: bool) -> None:
         )
 
 
-def _check_graph(engine_set: EngineSet, role: str) -> None:
+def _check_graph(engine_set: EngineSet, path: Path) -> None:
     """Check that a graph's external weights are files of the set; their content is not read."""
     import onnx
     from google.protobuf.message import DecodeError
 
-    folder, path = engine_set.folder, engine_set.path_of(role)
+    folder = engine_set.folder
     again = f"Build it again with: {engine_set.rebuild_command()} --force"
     try:
         model = onnx.load(str(path), load_external_data=False)

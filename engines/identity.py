@@ -20,13 +20,27 @@ from ditrim.plugins.errors import BackendError
 # Distributions that hold a backend, in the order in which they win when several are installed.
 BACKEND_DISTRIBUTIONS: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("onnxruntime-gpu", "onnxruntime"),
+    "tensorrt": ("tensorrt", "tensorrt-cu13", "tensorrt-cu12"),
+    "tensorrt-rtx": ("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12"),
 }
-# The graphs of these backends hold nothing of the machine that they were built on.
-_DEVICES = {"onnxruntime": "any"}
+_INSTALL = {
+    "onnxruntime": "onnxruntime",
+    "tensorrt": "'ditrim[tensorrt]'",
+    "tensorrt-rtx": "'ditrim[tensorrt-rtx]'",
+}
 _LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript", "onnx-ir")
 _SOURCE_PACKAGES = ("ditrim.export", "ditrim.plugins")
-# Patterns, so that a backend's graph passes count from the day they exist.
-_ENGINE_MODULES = ("build.py", "ladder.py", "manifest.py", "options.py", "*_graph.py")
+_ENGINE_MODULES = ("build.py", "ladder.py", "manifest.py", "options.py")
+_PLAN_MODULES = (
+    "profiles.py",
+    "tensorrt_builder.py",
+    "tensorrt_graph.py",
+    "tensorrt_library.py",
+    "tensorrt_worker.py",
+)
+# What only this backend's plans hold.
+_PLUGIN_BACKEND = "tensorrt"
+_PLUGIN_MODULES = ("compiled.py", "kernel.py", "strip.py", "tensorrt_plugin.py")
 
 
 def backend_version(backend: str) -> str:
@@ -42,7 +56,7 @@ def backend_version(backend: str) -> str:
             continue
     raise BackendError(
         f"the backend {backend!r} is not installed; install it with: "
-        f"pip install {BACKEND_DISTRIBUTIONS[backend][-1]}"
+        f"pip install {_INSTALL[backend]}"
     )
 
 
@@ -60,16 +74,18 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def source_digest() -> str:
-    """SHA-256 over this package's own sources that shape a graph."""
+def source_digest(backend: str) -> str:
+    """SHA-256 over this package's own sources that shape what is built for a backend."""
     files: list[tuple[str, Path]] = []
     for package in _SOURCE_PACKAGES:
         spec = importlib.util.find_spec(package)
         assert spec is not None
         for folder in spec.submodule_search_locations or []:
             files += [(f"{package}/{path.name}", path) for path in Path(folder).glob("*.py")]
-    for pattern in _ENGINE_MODULES:
-        files += [(f"engines/{path.name}", path) for path in Path(__file__).parent.glob(pattern)]
+    if backend != _PLUGIN_BACKEND:
+        files = [item for item in files if item[1].name not in _PLUGIN_MODULES]
+    names = _ENGINE_MODULES + (_PLAN_MODULES if backend != "onnxruntime" else ())
+    files += [(f"engines/{name}", Path(__file__).with_name(name)) for name in names]
     digest = hashlib.sha256()
     for name, path in sorted(files):
         digest.update(f"{name}\0".encode())
@@ -78,7 +94,13 @@ def source_digest() -> str:
 
 
 def identity_of(
-    *, options: Mapping[str, Any], config: Mapping[str, Any], weights: Any, backend: str
+    *,
+    options: Mapping[str, Any],
+    config: Mapping[str, Any],
+    weights: Any,
+    backend: str,
+    device: Any = "any",
+    is_graph_only: bool = False,
 ) -> str:
     """The identity of a build as SHA-256 in hex.
 
@@ -87,15 +109,17 @@ def identity_of(
         config: the transformer's configuration.
         weights: content hashes by file name, or the seed of random weights.
         backend: name of the backend.
+        device: what the result runs on; graphs hold nothing of the machine that they were built on.
+        is_graph_only: whether the backend's library has no part in it.
     """
     content = {
         "format_version": FORMAT_VERSION,
         "options": options,
         "config": config,
         "weights": weights,
-        "sources": source_digest(),
+        "sources": source_digest(backend),
         "libraries": library_versions(),
-        "backend": [backend, backend_version(backend)],
-        "device": _DEVICES[backend],
+        "backend": [backend, "" if is_graph_only else backend_version(backend)],
+        "device": device,
     }
     return hashlib.sha256(canonical_json(content).encode()).hexdigest()

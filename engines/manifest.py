@@ -9,13 +9,16 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ditrim.engines.ladder import Ladder
+from ditrim.engines.profiles import PLAN_ROLES, AxisRange, ProfileSpec
 from ditrim.plugins.errors import EngineSetError, LadderError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 ROLES = ("front", "back")
 PRECISIONS = ("fp32", "fp16", "bf16")
 ARCHITECTURES = ("qwen", "flux")
+WEIGHTS = ("included", "stripped")
+AXES = ("batch", "noisy", "reference", "text", "rows")
 _SEAL = "manifest_sha256"
 _T = TypeVar("_T")
 
@@ -47,6 +50,24 @@ class GraphSpec:
     """A graph file and its tensors, in order."""
 
     file: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanSpec:
+    """A built engine of TensorRT or TensorRT-RTX.
+
+    Attributes:
+        file: its serialized form.
+        profiles: its optimisation profiles, in order; one a rung.
+        device_memory_bytes: activation memory of each profile, where the builder could ask for it.
+        inputs, outputs: its tensors, in order.
+    """
+
+    file: str
+    profiles: tuple[ProfileSpec, ...]
+    device_memory_bytes: tuple[int, ...] | None = None
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
@@ -88,8 +109,14 @@ class Manifest:
         ladder: reference lengths.
         limits: of the other axes.
         precision: of weights and hidden states, "fp32", "fp16" or "bf16".
-        backend, backend_version: what the set was built for.
-        graphs: "front" and "back".
+        backend, backend_version: what the set was built for; no version where the set holds graphs
+            only, for a backend that builds plans.
+        graphs: "front" and "back"; in a set of plans `file` is the plan that has these tensors.
+        plans: "front", "back" and, where it is separate, "anchor"; empty where the backend runs the
+            graphs themselves, or where they are all that was asked for.
+        target: what the plans run on and how they were built, empty without plans:
+            "compute_capabilities" (as "8.9"), "gpu" and "driver" (null where none was needed),
+            "weights" ("included" or "stripped"), "separate_anchor".
         files: every other file of the set.
         source: where the weights came from ("kind", "location", "revision", "seed", "files").
         command: the command line that builds the set.
@@ -114,6 +141,8 @@ class Manifest:
     backend: str
     backend_version: str
     graphs: Mapping[str, GraphSpec]
+    plans: Mapping[str, PlanSpec]
+    target: Mapping[str, Any]
     files: tuple[FileEntry, ...]
     source: Mapping[str, Any]
     command: str
@@ -229,9 +258,24 @@ class _Reader:
             )
         return value
 
+    def has(self, key: str) -> bool:
+        return key in self._left
+
+    def optional(self, key: str, kind: type[_T]) -> _T | None:
+        if key in self._left and self._left[key] is None:
+            del self._left[key]
+            return None
+        return self.take(key, kind)
+
     def items(self, key: str, make: Callable[[Any, str], _T]) -> tuple[_T, ...]:
         values = self.take(key, list)
         return tuple(make(value, f"{self.name(key)}[{i}]") for i, value in enumerate(values))
+
+    def optional_items(self, key: str, make: Callable[[Any, str], _T]) -> tuple[_T, ...] | None:
+        if key in self._left and self._left[key] is None:
+            del self._left[key]
+            return None
+        return self.items(key, make)
 
     def close(self) -> None:
         if self._left:
@@ -261,6 +305,8 @@ def _manifest_from(content: dict[str, Any]) -> Manifest:
             backend=reader.take("backend", str),
             backend_version=reader.take("backend_version", str),
             graphs=_graphs_from(reader.take("graphs", dict)),
+            plans=_plans_from(reader.take("plans", dict)),
+            target=_target_from(reader.take("target", dict)),
             files=reader.items("files", _file_from),
             source=reader.take("source", dict),
             command=reader.take("command", str),
@@ -307,6 +353,91 @@ def _graph_from(content: dict[str, Any], where: str) -> GraphSpec:
     return graph
 
 
+def _plans_from(content: dict[str, Any]) -> dict[str, PlanSpec]:
+    reader = _Reader(content, "plans")
+    roles = [role for role in PLAN_ROLES if reader.has(role)]
+    plans = {role: _plan_from(reader.take(role, dict), reader.name(role)) for role in roles}
+    reader.close()
+    missing = [role for role in PLAN_ROLES[:2] if plans and role not in plans]
+    if missing:
+        raise EngineSetError(f"{MANIFEST_NAME}: key 'plans.{missing[0]}' is missing")
+    return plans
+
+
+def _plan_from(content: dict[str, Any], where: str) -> PlanSpec:
+    reader = _Reader(content, where)
+    plan = PlanSpec(
+        file=reader.take("file", str),
+        profiles=reader.items("profiles", _profile_from),
+        device_memory_bytes=reader.optional_items("device_memory_bytes", _whole),
+        inputs=reader.items("inputs", _tensor_from),
+        outputs=reader.items("outputs", _tensor_from),
+    )
+    reader.close()
+    if not plan.profiles:
+        raise EngineSetError(f"{MANIFEST_NAME}: key '{where}.profiles' is empty")
+    axes = {axis for spec in (*plan.inputs, *plan.outputs) for axis in spec.shape}
+    unknown = sorted(axis for axis in axes if isinstance(axis, str) and axis not in AXES)
+    if unknown:
+        raise EngineSetError(
+            f"{MANIFEST_NAME}: key '{where}.inputs' names the axis {unknown[0]!r}; allowed: "
+            f"{', '.join(AXES)}"
+        )
+    for index, profile in enumerate(plan.profiles):
+        if (profile.rows is not None) != ("rows" in axes):
+            raise EngineSetError(
+                f"{MANIFEST_NAME}: key '{where}.profiles[{index}].rows' does not fit the plan's "
+                "inputs"
+            )
+    if plan.device_memory_bytes is not None:
+        count, expected = len(plan.device_memory_bytes), len(plan.profiles)
+        if count != expected:
+            raise EngineSetError(
+                f"{MANIFEST_NAME}: key '{where}.device_memory_bytes' has {count} entries for "
+                f"{expected} profiles"
+            )
+    return plan
+
+
+def _profile_from(content: Any, where: str) -> ProfileSpec:
+    reader = _Reader(content, where)
+    rows = reader.optional("rows", dict)
+    profile = ProfileSpec(
+        batch=_range_from(reader.take("batch", dict), reader.name("batch")),
+        noisy=_range_from(reader.take("noisy", dict), reader.name("noisy")),
+        reference=_range_from(reader.take("reference", dict), reader.name("reference")),
+        text=_range_from(reader.take("text", dict), reader.name("text")),
+        rows=None if rows is None else _range_from(rows, reader.name("rows")),
+    )
+    reader.close()
+    return profile
+
+
+def _range_from(content: dict[str, Any], where: str) -> AxisRange:
+    reader = _Reader(content, where)
+    sizes = {key: reader.count(key, 1) for key in ("least", "best", "most")}
+    reader.close()
+    try:
+        return AxisRange(**sizes)
+    except LadderError as error:
+        raise EngineSetError(f"{MANIFEST_NAME}: key {where!r}: {error}") from error
+
+
+def _target_from(content: dict[str, Any]) -> dict[str, Any]:
+    if not content:
+        return {}
+    reader = _Reader(content, "target")
+    target = {
+        "compute_capabilities": list(reader.items("compute_capabilities", _text)),
+        "gpu": reader.optional("gpu", str),
+        "driver": reader.optional("driver", str),
+        "weights": reader.choice("weights", WEIGHTS),
+        "separate_anchor": reader.take("separate_anchor", bool),
+    }
+    reader.close()
+    return target
+
+
 def _tensor_from(content: Any, where: str) -> TensorSpec:
     reader = _Reader(content, where)
     tensor = TensorSpec(
@@ -334,6 +465,12 @@ def _whole(value: Any, where: str) -> int:
         raise EngineSetError(
             f"{MANIFEST_NAME}: key {where!r} must be a whole number, not {_kind(value)}"
         )
+    return value
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise EngineSetError(f"{MANIFEST_NAME}: key {where!r} must be text, not {_kind(value)}")
     return value
 
 

@@ -75,6 +75,7 @@ class OnnxRuntimeEngines:
         self, role: str, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]
     ) -> None:
         """See `Engines.run`."""
+        role = "back" if role == "anchor" else role  # one graph serves both
         session = self._sessions[role]
         binding = session.io_binding()
         names = self._input_names[role]

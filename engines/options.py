@@ -3,19 +3,47 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ditrim.engines.ladder import Ladder
 from ditrim.engines.manifest import PRECISIONS, Limits
+from ditrim.engines.profiles import AxisRange, ProfileSpec, Ranges, ladder_profiles, plan_roles
 from ditrim.export.family import Family, family_named
 from ditrim.plugins.errors import LadderError, UsageError
 
-BACKENDS = ("onnxruntime",)
-_PLANNED_BACKENDS = ("tensorrt", "tensorrt-rtx")
+BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
+# These build plans; the other runs the graphs.
+PLAN_BACKENDS = ("tensorrt", "tensorrt-rtx")
+_DEFAULT_PRECISION = {"onnxruntime": "fp32", "tensorrt": "bf16", "tensorrt-rtx": "bf16"}
+_MOST_OPTIMIZATION = 5
+_LEAST_WORKSPACE = 1 << 20
+# The compute capability from which GPUs multiply matrices of bf16.
+_BF16_FROM = 8
+# Options that say how plans are built, and those of one library only.
+_PLAN_OPTIONS = (
+    "separate_anchor",
+    "allow_unfused",
+    "workspace",
+    "optimization_level",
+    "timing_cache",
+    "weights_stripped",
+    "compute_capability",
+    "min_batch",
+    "opt_batch",
+    "min_noisy_tokens",
+    "opt_noisy_tokens",
+    "min_text_tokens",
+    "opt_text_tokens",
+)
+_ONLY_FOR = {
+    "compute_capability": ("tensorrt-rtx", "a plan of tensorrt is for the GPU that builds it"),
+    "timing_cache": ("tensorrt", "TensorRT-RTX times nothing while it builds"),
+}
 PRESETS = ("small",)
 VERIFY = ("sizes", "hashes")
 # Pixels a token spans: the VAE's factor 8 and patches of 2.
@@ -72,8 +100,8 @@ class BuildOptions:
         weights: a folder, a hub id, "random", or none for the family's hub id.
         revision: branch, tag or commit of a hub id.
         seed: of random weights.
-        backend: "onnxruntime".
-        precision: "fp32" or "fp16".
+        backend: "onnxruntime", "tensorrt" or "tensorrt-rtx".
+        precision: "fp32", "fp16" or "bf16"; given as none it becomes the backend's default.
         front_depth: K.
         layers: L.
         num_layers: depth of a trial with random weights.
@@ -81,9 +109,20 @@ class BuildOptions:
         ladder: reference lengths.
         rungs: how many even ones, where no ladder is given.
         granularity: kept counts are rounded up to a multiple of it.
-        resolution: (width, height) of the picture and of each reference, in pixels.
+        resolution: (width, height) of the picture and of each reference, in pixels; or several of
+            them, of which the largest sets the limits and each adds its lengths to the ladder.
         num_references: how many references.
         max_reference_tokens, max_noisy_tokens, max_text_tokens, max_batch: limits, given directly.
+        min_batch, opt_batch, min_noisy_tokens, opt_noisy_tokens, min_text_tokens, opt_text_tokens:
+            the least sizes that plans serve and those that they are tuned for.
+        separate_anchor: a plan of its own for the anchor step.
+        allow_unfused: accept attention without a fused kernel.
+        workspace: bytes that a layer may use for itself while it runs.
+        optimization_level: 0 to 5; the library's own default is 3.
+        timing_cache: a file that keeps kernel timings between builds; "none" for none.
+        compute_capability: what a plan of tensorrt-rtx is for, as ("8.9", "12.0").
+        graph_only: stop when the graphs are written.
+        weights_stripped: plans without weights, which get them from the set's graphs when loaded.
         output: the target folder.
         force: build even if an unchanged set is there.
         verify: how a set that is there is checked before it is reused, "sizes" or "hashes".
@@ -95,7 +134,7 @@ class BuildOptions:
     revision: str | None = None
     seed: int | None = None
     backend: str = "onnxruntime"
-    precision: str = "fp32"
+    precision: str = ""
     front_depth: int | None = None
     layers: tuple[int, ...] | None = None
     num_layers: int | None = None
@@ -103,26 +142,37 @@ class BuildOptions:
     ladder: tuple[int, ...] | None = None
     rungs: int | None = None
     granularity: int = 1
-    resolution: tuple[int, int] | None = None
+    resolution: tuple[int, int] | tuple[tuple[int, int], ...] | None = None
     num_references: int | None = None
     max_reference_tokens: int | None = None
     max_noisy_tokens: int | None = None
     max_text_tokens: int | None = None
     max_batch: int | None = None
+    min_batch: int | None = None
+    opt_batch: int | None = None
+    min_noisy_tokens: int | None = None
+    opt_noisy_tokens: int | None = None
+    min_text_tokens: int | None = None
+    opt_text_tokens: int | None = None
+    separate_anchor: bool = False
+    allow_unfused: bool = False
+    workspace: int | None = None
+    optimization_level: int | None = None
+    timing_cache: str | None = None
+    compute_capability: tuple[str, ...] | None = None
+    graph_only: bool = False
+    weights_stripped: bool = False
     output: str | None = None
     force: bool = False
     verify: str = "sizes"
 
     def __post_init__(self) -> None:
         family_named(self.model)
-        if self.backend in _PLANNED_BACKENDS:
-            raise UsageError(
-                f"--backend {self.backend} is not available in this version; use --backend "
-                "onnxruntime, whose graphs run on any CPU and, with onnxruntime-gpu, on CUDA"
-            )
         _expect("--backend", self.backend, BACKENDS)
+        if not self.precision:
+            object.__setattr__(self, "precision", _DEFAULT_PRECISION[self.backend])
         _expect("--precision", self.precision, PRECISIONS)
-        if self.precision == "bf16":
+        if self.precision == "bf16" and self.backend == "onnxruntime":
             raise UsageError(
                 "--precision bf16 is not available with --backend onnxruntime: its CPU provider "
                 "has no bf16 matrix product; use --precision fp32, or fp16 for the CUDA provider"
@@ -152,7 +202,8 @@ class BuildOptions:
         self._check_preset()
         self._check_source()
         self._check_geometry()
-        _ = self.limits, self.reference_ladder
+        self._check_plan_options()
+        _ = self.limits, self.reference_ladder, self.ranges
 
     def _check_preset(self) -> None:
         if self.preset is None:
@@ -193,8 +244,9 @@ class BuildOptions:
             _expect_count("--num-layers", self.num_layers, least=2)
 
     def _check_geometry(self) -> None:
-        if self.resolution is not None:
-            width, height = self.resolution
+        if self.resolution is not None and not self.resolution:
+            raise UsageError("--resolution is empty; give WIDTHxHEIGHT, as 1024x768")
+        for width, height in self.resolutions:
             for side, pixels in (("width", width), ("height", height)):
                 _expect_count(f"--resolution: the {side}", pixels)
                 if pixels % _TOKEN_PIXELS:
@@ -219,6 +271,77 @@ class BuildOptions:
                     f"{self.max_reference_tokens}; make them equal or leave one out"
                 )
 
+    def _check_plan_options(self) -> None:
+        given = [name for name in _PLAN_OPTIONS if getattr(self, name) not in (None, False)]
+        for name in given:
+            option = f"--{name.replace('_', '-')}"
+            if self.backend not in PLAN_BACKENDS:
+                raise UsageError(
+                    f"{option} is for backends that build plans ({', '.join(PLAN_BACKENDS)}); "
+                    f"leave it out with --backend {self.backend}"
+                )
+            only, reason = _ONLY_FOR.get(name, (self.backend, ""))
+            if only != self.backend:
+                raise UsageError(f"{option} is for --backend {only} only: {reason}; leave it out")
+        if self.graph_only and (self.separate_anchor or self.weights_stripped):
+            name = "separate-anchor" if self.separate_anchor else "weights-stripped"
+            raise UsageError(
+                f"--{name} says how plans are built, and --graph-only stops before; leave one out"
+            )
+        if self.backend == "tensorrt" and self.precision == "fp32":
+            raise UsageError(
+                "--precision fp32 is not available with --backend tensorrt: the scoring kernel "
+                "takes bf16 or fp16; use one of them"
+            )
+        _expect_count("--workspace", self.workspace)
+        if self.workspace is not None and self.workspace < _LEAST_WORKSPACE:
+            raise UsageError(
+                f"--workspace is {self.workspace} bytes; give {_LEAST_WORKSPACE} or more, with a "
+                "unit as in 8GiB"
+            )
+        _expect_count("--optimization-level", self.optimization_level, 0, _MOST_OPTIMIZATION)
+        for name in ("min_batch", "opt_batch", "min_noisy_tokens", "opt_noisy_tokens"):
+            _expect_count(f"--{name.replace('_', '-')}", getattr(self, name))
+        _expect_count("--min-text-tokens", self.min_text_tokens)
+        _expect_count("--opt-text-tokens", self.opt_text_tokens)
+        if self.timing_cache is not None and not self.timing_cache.strip():
+            raise UsageError("--timing-cache is empty; give a file, or none")
+        self._check_capabilities()
+
+    def _check_capabilities(self) -> None:
+        if self.compute_capability is None:
+            return
+        if not self.compute_capability:
+            raise UsageError("--compute-capability is empty; give one or more, as 8.9,12.0")
+        for text in self.compute_capability:
+            if not re.fullmatch(r"[1-9]\d?\.\d", text):
+                raise UsageError(f"--compute-capability {text!r} is not valid; give it as 8.9")
+            if self.precision == "bf16" and int(text.split(".")[0]) < _BF16_FROM:
+                raise UsageError(
+                    f"--compute-capability {text} has no bf16; use --precision fp16, or a "
+                    f"capability of {_BF16_FROM}.0 or more"
+                )
+        if len(set(self.compute_capability)) != len(self.compute_capability):
+            raise UsageError(
+                f"--compute-capability {','.join(self.compute_capability)} repeats itself"
+            )
+
+    @property
+    def builds_plans(self) -> bool:
+        """Whether plans come after the graphs."""
+        return self.backend in PLAN_BACKENDS and not self.graph_only
+
+    @property
+    def needs_library(self) -> bool:
+        """Whether the backend's library has to be there; graphs for it can be made without."""
+        return self.builds_plans or self.backend not in PLAN_BACKENDS
+
+    @property
+    def resolutions(self) -> tuple[tuple[int, int], ...]:
+        """Every resolution that was given, none for the model's default."""
+        given: Any = self.resolution or ()
+        return (given,) if given and isinstance(given[0], int) else tuple(given)
+
     @property
     def family(self) -> Family:
         """The model family."""
@@ -229,10 +352,9 @@ class BuildOptions:
         """The largest batch, noisy and text lengths."""
         default = _SMALL_LIMITS
         if self.preset is None:
-            width, height = self.resolution or _DEFAULT_RESOLUTION
             default = Limits(
                 batch=_DEFAULT_BATCH,
-                noisy=(width // _TOKEN_PIXELS) * (height // _TOKEN_PIXELS),
+                noisy=max(self._picture_tokens()),
                 text=_DEFAULT_TEXT_TOKENS[self.family.architecture],
             )
         return Limits(
@@ -241,9 +363,52 @@ class BuildOptions:
             text=self.max_text_tokens or default.text,
         )
 
+    def _picture_tokens(self) -> list[int]:
+        """Tokens of a picture of each resolution."""
+        return [
+            (width // _TOKEN_PIXELS) * (height // _TOKEN_PIXELS)
+            for width, height in self.resolutions or (_DEFAULT_RESOLUTION,)
+        ]
+
+    @property
+    def ranges(self) -> Ranges:
+        """Least, best and largest sizes of the axes besides the references.
+
+        Plans are tuned for one edit at a time and the longest picture and text, unless told.
+        """
+        largest = self.limits
+        batch = self._range("batch", largest.batch, default_best=1)
+        noisy = self._range("noisy_tokens", largest.noisy)
+        return Ranges(batch=batch, noisy=noisy, text=self._range("text_tokens", largest.text))
+
+    def _range(self, name: str, most: int, default_best: int | None = None) -> AxisRange:
+        least, best = getattr(self, f"min_{name}") or 1, getattr(self, f"opt_{name}")
+        if best is None:
+            best = max(least, min(default_best or most, most))
+        if not least <= best <= most:
+            option = name.replace("_", "-")
+            raise UsageError(
+                f"--min-{option} {least}, --opt-{option} {best} and --max-{option} {most} "
+                "contradict each other: they must not fall in this order"
+            )
+        return AxisRange(least=least, best=best, most=most)
+
+    def profiles(self) -> dict[str, tuple[ProfileSpec, ...]]:
+        """Optimisation profiles of every plan of the set, by role."""
+        return {
+            role: ladder_profiles(
+                self.reference_ladder, self.ranges, role, separate_anchor=self.separate_anchor
+            )
+            for role in plan_roles(separate_anchor=self.separate_anchor)
+        }
+
     @property
     def reference_ladder(self) -> Ladder:
-        """The reference lengths; all references together."""
+        """The reference lengths; all references together.
+
+        Without a ladder or a length that is given, they are even parts of the longest, and the
+        whole lengths of every number of references at every resolution.
+        """
         if self.ladder is not None:
             try:
                 return Ladder(rungs=self.ladder, granularity=self.granularity)
@@ -252,18 +417,25 @@ class BuildOptions:
         longest = self.max_reference_tokens
         if longest is None and self.preset is not None:
             longest = _SMALL_REFERENCE
+        whole: set[int] = set()
         if longest is None:
-            width, height = self.resolution or _DEFAULT_RESOLUTION
             count = self.num_references or _DEFAULT_REFERENCES[self.model]
-            longest = count * (width // _TOKEN_PIXELS) * (height // _TOKEN_PIXELS)
+            whole = {
+                number * tokens
+                for number in range(1, count + 1)
+                for tokens in self._picture_tokens()
+            }
+            longest = max(whole)
         if self.granularity > longest:
             raise UsageError(
                 f"--granularity is {self.granularity}; it must be at most {longest}, the longest "
                 "reference length"
             )
-        return Ladder.even(
+        even = Ladder.even(
             longest, num_rungs=self.rungs or _DEFAULT_RUNGS, granularity=self.granularity
         )
+        rungs = {*even.rungs, *(even.round_up(length) for length in whole)}
+        return Ladder(rungs=tuple(sorted(rungs)), granularity=self.granularity)
 
     @property
     def target(self) -> Path:
@@ -273,20 +445,31 @@ class BuildOptions:
         name = self.preset or self.model
         if self.weights == "random":
             name += "-random"
-        if self.precision != "fp32":
+        if self.backend != "onnxruntime":
+            name += f"-{self.backend}"
+        if self.precision != _DEFAULT_PRECISION[self.backend]:
             name += f"-{self.precision}"
+        if self.graph_only:
+            name += "-graphs"
         return Path("engines-out") / name
 
     def shaping(self) -> dict[str, Any]:
         """What the result depends on besides K, L, configuration and weights; no defaults left."""
         limits, ladder = self.limits, self.reference_ladder
-        return {
+        shaping: dict[str, Any] = {
             "model": self.model,
             "preset": self.preset,
             "precision": self.precision,
             "ladder": [list(ladder.rungs), ladder.granularity],
             "limits": [limits.batch, limits.noisy, limits.text],
+            "graph_only": self.graph_only,
         }
+        if self.builds_plans:
+            shaping["ranges"] = asdict(self.ranges)
+            for name in _PLAN_OPTIONS[:6]:
+                if name != "timing_cache":  # it changes how long a build takes
+                    shaping[name] = getattr(self, name)
+        return shaping
 
     def command(self) -> str:
         """The command line that asks for the same set; options at their defaults are left out."""
@@ -294,6 +477,8 @@ class BuildOptions:
         for item in fields(self):
             value = getattr(self, item.name)
             default = {} if item.name == "config" else item.default
+            if item.name == "precision":
+                default = _DEFAULT_PRECISION[self.backend]
             is_needed = item.name == "model" and self.preset is None
             if item.name in ("force", "verify") or (value == default and not is_needed):
                 continue
@@ -302,7 +487,10 @@ class BuildOptions:
                 for key in sorted(value):
                     arguments += [option, f"{key}={json.dumps(value[key])}"]
             elif item.name == "resolution":
-                arguments += [option, f"{value[0]}x{value[1]}"]
+                for width, height in self.resolutions:
+                    arguments += [option, f"{width}x{height}"]
+            elif value is True:
+                arguments.append(option)
             elif isinstance(value, tuple):
                 arguments += [option, ",".join(map(str, value))]
             else:

@@ -101,7 +101,7 @@ def find_source(options: BuildOptions) -> Source:
             location=options.preset,
             checkpoint=(found := find_checkpoint(folder / "transformer")),
             config=found.config,
-            calibration=_read_calibration(folder / "calibration.json"),
+            calibration=read_calibration(folder / "calibration.json"),
         )
     elif options.weights == "random":
         config = {**family.config, **_cut_depth(options), **options.config}
@@ -136,6 +136,21 @@ def _find_real(options: BuildOptions) -> Source:
     return Source(kind="hub", location=text, revision=commit, checkpoint=found, config=found.config)
 
 
+def planned_config(options: BuildOptions) -> Mapping[str, Any]:
+    """The transformer's configuration of a build that is only planned: nothing is fetched.
+
+    For weights on the hub it is the family's, as released.
+
+    Raises:
+        CheckpointError: a folder that was named is missing or belongs to another model.
+    """
+    text = options.weights
+    is_hub = text is None or (is_hub_id(text) and not Path(text).expanduser().exists())
+    if options.preset is None and text != "random" and is_hub:
+        return {**options.family.config, "_class_name": options.family.transformer_class}
+    return find_source(options).config
+
+
 def _cut_depth(options: BuildOptions) -> dict[str, int]:
     """Depths of a trial of `--num-layers` blocks, double and single ones in the model's ratio."""
     count = options.num_layers
@@ -149,16 +164,24 @@ def _cut_depth(options: BuildOptions) -> dict[str, int]:
     return {"num_layers": double, "num_single_layers": count - double}
 
 
-def _read_calibration(path: Path) -> dict[str, Any]:
+def read_calibration(path: Path) -> dict[str, Any]:
+    """K and L that were measured on a preset's weights; empty without the file.
+
+    Raises:
+        CheckpointError: the file is damaged; names it.
+    """
     if not path.is_file():
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return {
-            "front_depth": int(content["front_depth"]),
-            "representative_layers": tuple(int(i) for i in content["representative_layers"]),
-        }
-    except (ValueError, KeyError, TypeError) as error:
+        depth, layers = content["front_depth"], content["representative_layers"]
+        counts = [depth, *layers]
+        if not layers or any(isinstance(n, bool) or not isinstance(n, int) for n in counts):
+            raise ValueError(f"front_depth {depth!r}, representative_layers {layers!r}")
+        if min(counts) < 0 or list(layers) != sorted(set(layers)) or layers[0] < depth:
+            raise ValueError(f"front_depth {depth}, representative_layers {layers}")
+        return {"front_depth": depth, "representative_layers": tuple(layers)}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is damaged ({error!r}): it needs front_depth and representative_layers; "
             "install the package again"
@@ -260,21 +283,36 @@ def fingerprint(
     return {name: prints[name] for name in statuses}
 
 
-def check_unchanged(source: Source, prints: Mapping[str, Mapping[str, Any]]) -> None:
+def check_unchanged(
+    source: Source, prints: Mapping[str, Mapping[str, Any]], *, were_linked: bool = False
+) -> dict[str, dict[str, Any]]:
     """Check that no weight file was touched since its fingerprint.
 
+    Args:
+        source: what `find_source` returned.
+        prints: what `fingerprint` returned.
+        were_linked: the build made and removed hard links to the files, which stamps their status
+            (ctime) but leaves content and modification time.
+
+    Returns:
+        the fingerprints with the files' present status.
+
     Raises:
-        CheckpointError: one was; names it.
+        CheckpointError: one was touched; names it.
     """
     if source.checkpoint is None:
-        return
+        return {}
+    now: dict[str, dict[str, Any]] = {}
     for name, entry in prints.items():
         status = _status_of(source.checkpoint.folder / name)
-        if any(entry[key] != value for key, value in status.items()):
+        stamped = {"ctime_ns"} if were_linked else set()
+        if any(entry[key] != value for key, value in status.items() if key not in stamped):
             raise CheckpointError(
                 f"{source.checkpoint.folder / name} changed while the engine set was built; "
                 "nothing was replaced. Build again when the file is complete"
             )
+        now[name] = {**entry, **status}
+    return now
 
 
 def _status_of(path: Path) -> dict[str, int]:

@@ -40,6 +40,16 @@ def previous_path(target: Path) -> Path:
     return target.parent / f".{target.name}.previous"
 
 
+def longest_affix(target: Path) -> int:
+    """Bytes by which the longest name beside a target is longer than the target's own."""
+    names = (lock_path(target), previous_path(target), _building_path(target, "0" * 12))
+    return max(len(os.fsencode(path.name)) for path in names) - len(os.fsencode(target.name))
+
+
+def _building_path(target: Path, token: str) -> Path:
+    return target.parent / f".{target.name}.building-{token}"
+
+
 def _building_paths(target: Path) -> list[Path]:
     prefix = f".{target.name}.building-"
     with suppress(FileNotFoundError):
@@ -144,7 +154,7 @@ def recover(target: Path) -> None:
 @contextmanager
 def staging_folder(target: Path) -> Iterator[Path]:
     """A new folder beside `target`, deleted at the end unless `commit` moved it away."""
-    folder = target.parent / f".{target.name}.building-{secrets.token_hex(6)}"
+    folder = _building_path(target, secrets.token_hex(6))
     folder.mkdir()
     try:
         yield folder

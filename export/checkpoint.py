@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -36,6 +37,23 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Keys that tell one family from another in config.json; absent means false.
 _TELLING_KEYS = ("zero_cond_t", "guidance_embeds")
 _LAYERED_KEYS = ("use_additional_t_cond", "use_layer3d_rope")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorPlace:
+    """Where a tensor lies in a safetensors file.
+
+    Attributes:
+        dtype: as safetensors writes it ("F32", "BF16", ...).
+        shape: its axes.
+        offset: of its first byte, from the start of the file.
+        num_bytes: its length.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,8 +263,8 @@ def check_config(family: Family, config: Mapping[str, Any], where: str) -> None:
         )
 
 
-def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Names, dtypes ("F32", ...) and shapes in a safetensors file; reads its header only.
+def read_header(path: Path) -> dict[str, TensorPlace]:
+    """The tensors of a safetensors file by name; reads its header only.
 
     Raises:
         CheckpointError: the file is truncated or is no safetensors file.
@@ -273,33 +291,57 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         entries = json.loads(text)
         entries.pop("__metadata__", None)
         header = {
-            str(name): (str(entry["dtype"]), tuple(int(axis) for axis in entry["shape"]))
+            str(name): TensorPlace(
+                dtype=str(entry["dtype"]),
+                shape=tuple(int(axis) for axis in entry["shape"]),
+                offset=8 + length + int(entry["data_offsets"][0]),
+                num_bytes=int(entry["data_offsets"][1]) - int(entry["data_offsets"][0]),
+            )
             for name, entry in entries.items()
         }
-        end = max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
+        end = max((place.offset + place.num_bytes for place in header.values()), default=8 + length)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} has a damaged safetensors header; download it again"
         ) from error
-    if 8 + length + end != size:
-        what = "is truncated" if 8 + length + end > size else "has bytes too many"
+    if end != size:
+        what = "is truncated" if end > size else "has bytes too many"
         raise CheckpointError(
-            f"{path} {what}: its tensors need {8 + length + end} bytes and the file has {size}; "
-            "download it again"
+            f"{path} {what}: its tensors need {end} bytes and the file has {size}; download it "
+            "again"
         )
     return header
 
 
+def read_headers(checkpoint: Checkpoint) -> dict[str, dict[str, TensorPlace]]:
+    """`read_header` of every weight file, by the file's name.
+
+    Raises:
+        CheckpointError: a file is damaged, or two hold the same tensor.
+    """
+    headers: dict[str, dict[str, TensorPlace]] = {}
+    seen: set[str] = set()
+    for file in checkpoint.weights:
+        headers[file] = read_header(checkpoint.folder / file)
+        for name in headers[file]:
+            if name in seen:
+                raise CheckpointError(
+                    f"checkpoint {checkpoint.folder} has the tensor {name} twice ({file})"
+                )
+            seen.add(name)
+    return headers
+
+
 def compare_tensors(
     expected: Mapping[str, tuple[int, ...]],
-    found: Mapping[str, tuple[str, tuple[int, ...]]],
+    found: Mapping[str, TensorPlace],
     where: str,
 ) -> None:
     """Check that a checkpoint has the model's tensors, all of them and no others.
 
     Args:
         expected: shapes by name.
-        found: dtypes and shapes by name, as from `read_header`.
+        found: what there is by name, as from `read_header`.
         where: the checkpoint, for messages.
 
     Raises:
@@ -320,16 +362,23 @@ def compare_tensors(
             "model of its config.json does not have; the two do not belong together"
         )
     for name, shape in expected.items():
-        dtype, found_shape = found[name]
-        if found_shape != shape:
+        place = found[name]
+        if place.shape != shape:
             raise CheckpointError(
-                f"checkpoint {where}: the tensor {name} has shape {list(found_shape)}, and the "
+                f"checkpoint {where}: the tensor {name} has shape {list(place.shape)}, and the "
                 f"model of its config.json needs {list(shape)}"
             )
-        if dtype not in _FLOATS:
+        if place.dtype not in _FLOATS:
             raise CheckpointError(
-                f"checkpoint {where}: the tensor {name} is of dtype {dtype}; allowed: "
+                f"checkpoint {where}: the tensor {name} is of dtype {place.dtype}; allowed: "
                 f"{', '.join(_FLOATS)}. Pass weights that are not quantised"
+            )
+        num_bytes = _FLOATS[place.dtype] * math.prod(shape)
+        if place.num_bytes != num_bytes:
+            raise CheckpointError(
+                f"checkpoint {where}: the tensor {name} has {place.num_bytes} bytes, and "
+                f"{list(shape)} of {place.dtype} need {num_bytes}; the file's header is damaged, "
+                "download it again"
             )
 
 
@@ -446,24 +495,19 @@ def _load_checkpoint(
 
     where = str(checkpoint.folder)
     check_config(family, checkpoint.config, str(checkpoint.folder / "config.json"))
-    headers = {name: read_header(checkpoint.folder / name) for name in checkpoint.weights}
-    found: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name, header in headers.items():
-        for tensor in header:
-            if tensor in found:
-                raise CheckpointError(f"checkpoint {where} has the tensor {tensor} twice ({name})")
-        found.update(header)
+    headers = read_headers(checkpoint)
+    found = {name: place for header in headers.values() for name, place in header.items()}
     model = empty_transformer(family, checkpoint.config, str(checkpoint.folder / "config.json"))
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     compare_tensors(expected, found, where)
-    total = sum(_num_bytes(*entry) for entry in found.values())
+    total = sum(place.num_bytes for place in found.values())
     done = 0
     for name, header in headers.items():
         try:
             with safe_open(checkpoint.folder / name, framework="pt", device="cpu") as file:
                 for tensor_name in header:
                     _place(model, tensor_name, file.get_tensor(tensor_name).to(dtype))
-                    done += _num_bytes(*header[tensor_name])
+                    done += header[tensor_name].num_bytes
                     on_bytes(done, total)
         except SafetensorError as error:
             raise CheckpointError(f"{checkpoint.folder / name} cannot be read: {error}") from error
@@ -477,13 +521,6 @@ def _converted(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     from torch import nn
 
     return nn.Module.to(model, dtype=dtype)
-
-
-def _num_bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    count = _FLOATS[dtype]
-    for axis in shape:
-        count *= axis
-    return count
 
 
 def _place(model: nn.Module, name: str, value: torch.Tensor) -> None:

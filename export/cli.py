@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -259,12 +258,10 @@ def _default_front_depth(preset: str | None, family_default: int) -> int:
     """The small editor keeps K where its last calibration put it, else one sixth, as the paper."""
     if preset is None:
         return family_default
+    from ditrim.engines.source import read_calibration
     from ditrim.runtime.small_editor import model_folder
 
-    path = model_folder() / "calibration.json"
-    if not path.is_file():
-        return 1
-    return int(json.loads(path.read_text())["front_depth"])
+    return int(read_calibration(model_folder() / "calibration.json").get("front_depth", 1))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

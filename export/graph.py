@@ -6,7 +6,7 @@ import contextlib
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ditrim.export.split import BackGraph, FrontGraph, SplitPoint, processors_installed
-from ditrim.plugins.log_sum_exp import DOMAIN, OP_VERSION
+from ditrim.plugins.log_sum_exp import DOMAIN, OP_NAME, OP_VERSION
 from ditrim.plugins.onnx_function import OPSET, log_sum_exp_function
 
 logger = logging.getLogger(__name__)
@@ -59,13 +59,16 @@ def front_output_names(graph: FrontGraph) -> list[str]:
     return ["noisy", "reference", "text", "temb"] + ["reference_temb"] * graph.has_reference_temb
 
 
-def back_input_names(graph: BackGraph) -> list[str]:
-    """Inputs of BACK in order."""
+def back_input_names(graph: BackGraph, *, scored: bool = True) -> list[str]:
+    """Inputs of BACK in order, with or without scoring."""
     names = ["noisy", "reference", "text", "temb"]
-    return [*names, *["reference_temb"] * graph.has_reference_temb, *_ROPE, "score_rows"]
+    names += ["reference_temb"] * graph.has_reference_temb + list(_ROPE)
+    return names + ["score_rows"] * scored
 
 
-BACK_OUTPUT_NAMES = ["velocity", "influence"]
+def back_output_names(*, scored: bool = True) -> list[str]:
+    """Outputs of BACK in order, with or without scoring."""
+    return ["velocity"] + ["influence"] * scored
 
 
 def example_inputs(
@@ -137,22 +140,50 @@ def trace_graph(
     import inspect
 
     parameters = list(inspect.signature(graph.forward).parameters)
+    kwargs, dynamic = graph_arguments(parameters, inputs, names)
+    model = trace_module(graph, kwargs, dynamic, names, output_names)
+    finish_graph(model, len(names))
+    return model
+
+
+def graph_arguments(
+    parameters: Iterable[str], inputs: Mapping[str, Tensor], names: Container[str]
+) -> tuple[dict[str, Tensor | None], dict[str, dict[int, Any] | None]]:
+    """What a graph's `forward` takes, none for what is not in `names`, and the free axes of it."""
     kwargs = {name: inputs[name] if name in names else None for name in parameters}
-    dims = dict.fromkeys({a for axes in _AXES.values() for a in axes}, torch.export.Dim.DYNAMIC)
+    free = torch.export.Dim.DYNAMIC
     dynamic = {
-        name: {i: dims[axis] for i, axis in enumerate(_AXES[name]) if isinstance(axis, str)}
-        if name in names
-        else None
-        for name in parameters
+        name: None
+        if value is None
+        else {i: free for i, axis in enumerate(_AXES[name]) if isinstance(axis, str)}
+        for name, value in kwargs.items()
     }
+    return kwargs, dynamic
+
+
+def trace_module(
+    module: nn.Module,
+    kwargs: dict[str, Any],
+    dynamic_shapes: dict[str, Any],
+    names: list[str],
+    output_names: list[str],
+) -> ir.Model:
+    """Trace a module to ONNX, without stack traces and paths: equal modules give equal graphs.
+
+    Args:
+        module: to trace.
+        kwargs: its arguments, all of them.
+        dynamic_shapes: the free axes, in the structure of `kwargs`.
+        names, output_names: what the graph's inputs and outputs are called, in order.
+    """
     with _quiet_exporter(), torch.no_grad():
         program = torch.onnx.export(
-            graph,
+            module,
             (),
             kwargs=kwargs,
             dynamo=True,
             opset_version=OPSET,
-            dynamic_shapes=dynamic,
+            dynamic_shapes=dynamic_shapes,
             input_names=names,
             output_names=output_names,
             verbose=False,
@@ -161,19 +192,24 @@ def trace_graph(
         )
     assert program is not None
     model: ir.Model = program.model
-    _name_axes(model)
     model.producer_name, model.producer_version = "ditrim", None
-    model.opset_imports[DOMAIN] = OP_VERSION
-    function = ir.serde.deserialize_function(log_sum_exp_function())
-    if any(node.domain == DOMAIN for node in model.graph.all_nodes()):
-        model.functions[function.identifier()] = function
     _drop_tracing_metadata(model)
     return model
 
 
-def _name_axes(model: ir.Model) -> None:
+def finish_graph(model: ir.Model, num_inputs: int) -> None:
+    """Name the free axes of the first inputs and of the outputs; add the scoring function."""
+    _name_axes(model, num_inputs)
+    model.opset_imports[DOMAIN] = OP_VERSION
+    function = ir.serde.deserialize_function(log_sum_exp_function())
+    inner = [node for item in model.functions.values() for node in item.all_nodes()]
+    if any(node.op_type == OP_NAME for node in (*model.graph.all_nodes(), *inner)):
+        model.functions[function.identifier()] = function
+
+
+def _name_axes(model: ir.Model, num_inputs: int) -> None:
     """Give the inputs' free axes readable names in place of the tracer's symbols."""
-    for value in model.graph.inputs:
+    for value in model.graph.inputs[:num_inputs]:
         axes = _AXES[str(value.name)]
         assert value.shape is not None
         value.shape = ir.Shape(
@@ -207,7 +243,9 @@ def _drop_tracing_metadata(model: ir.Model) -> None:
         value.metadata_props.clear()
 
 
-def export_graph(transformer: Any, point: SplitPoint, role: str, dtype: torch.dtype) -> ir.Model:
+def export_graph(
+    transformer: Any, point: SplitPoint, role: str, dtype: torch.dtype, *, scored: bool = True
+) -> ir.Model:
     """Trace FRONT or BACK of a diffusers transformer; the transformer is left as it was.
 
     Args:
@@ -215,15 +253,17 @@ def export_graph(transformer: Any, point: SplitPoint, role: str, dtype: torch.dt
         point: where to cut and which layers score.
         role: "front" or "back".
         dtype: of latents, embeddings and weights; RoPE tables and timesteps stay float32.
+        scored: false leaves `score_rows` and `influence` out of BACK.
     """
     inputs = example_inputs(transformer, dtype)
-    roles = dict.fromkeys(point.representative_layers, "score")
+    roles = dict.fromkeys(point.representative_layers if scored else (), "score")
     with processors_installed(transformer, roles):
         if role == "front":
             front = FrontGraph(transformer, point, as_onnx_node=True).eval()
             return trace_graph(front, inputs, front_input_names(front), front_output_names(front))
         back = BackGraph(transformer, point, as_onnx_node=True).eval()
-        return trace_graph(back, inputs, back_input_names(back), BACK_OUTPUT_NAMES)
+        names = back_input_names(back, scored=scored)
+        return trace_graph(back, inputs, names, back_output_names(scored=scored))
 
 
 def write_graph(model: ir.Model, folder: Path, role: str) -> list[str]:

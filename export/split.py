@@ -290,7 +290,8 @@ class FrontGraph(_Graph):
 class BackGraph(_Graph):
     """Blocks [K, N), the output layers and the score, at any reference length K' <= C.
 
-    See `back_input_names` and `back_output_names` for the tensors, in order.
+    Without `score_rows` it computes the velocity alone. See `back_input_names` and
+    `back_output_names` for the tensors, in order.
     """
 
     def __init__(self, transformer: Any, point: SplitPoint, *, as_onnx_node: bool = False) -> None:
@@ -312,8 +313,8 @@ class BackGraph(_Graph):
         text_rope_sin: Tensor,
         reference_rope_cos: Tensor,
         reference_rope_sin: Tensor,
-        score_rows: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+        score_rows: Tensor | None,
+    ) -> tuple[Tensor, ...]:
         rope = (
             noisy_rope_cos,
             noisy_rope_sin,
@@ -330,5 +331,7 @@ class BackGraph(_Graph):
             self.architecture, self.blocks, hidden, text, temb, reference_temb, context
         )
         velocity = self.proj_out(self.norm_out(hidden[:, :num_noisy], temb))
+        if score_rows is None:
+            return (velocity,)
         influence = torch.stack(context.influences).sum(dim=0)  # (L, B, K') -> (B, K')
         return velocity, influence

@@ -33,6 +33,10 @@ class Attachment:
         self._scheduler = pipe.scheduler
         self._is_attached = True
         pipe.transformer = transformer
+        # diffusers would write a pipeline without a transformer, and only warn.
+        self._can_save = hasattr(pipe, "save_pretrained")
+        if self._can_save:
+            pipe.save_pretrained = _refuse_to_save
         _watch(self._scheduler, transformer)
 
     @property
@@ -46,6 +50,8 @@ class Attachment:
             return
         self._is_attached = False
         self.pipe.transformer = self._original
+        if self._can_save:
+            del self.pipe.save_pretrained
         if self._original_entry is not None:
             self.pipe.register_to_config(transformer=self._original_entry)
         _unwatch(self._scheduler, self.transformer)
@@ -60,6 +66,13 @@ class Attachment:
         traceback: TracebackType | None,
     ) -> None:
         self.detach()
+
+
+def _refuse_to_save(*_: Any, **__: Any) -> None:
+    raise UsageError(
+        "an engine set stands in for this pipeline's transformer and cannot be saved with it; "
+        "detach it first (leave the `with` block, or call detach())"
+    )
 
 
 # Every pipeline sets the timesteps once a request and steps once a step: there a new request and

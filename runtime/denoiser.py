@@ -174,9 +174,11 @@ class Denoiser:
 
         groups = _equal_text_groups(inputs.text_mask, batch)
         velocities, influences = [], []
+        graph = "anchor" if role == "anchor" else "back"
         for rows, text_rows in groups:
+            group = _rows_of(inputs, rows, text_rows)
             velocity, influence = self._run_group(
-                _rows_of(inputs, rows, text_rows), kept, rows, text_rows, state, score_rows, clock
+                graph, group, kept, rows, text_rows, state, score_rows, clock
             )
             velocities.append(velocity)
             influences.append(influence)
@@ -187,11 +189,7 @@ class Denoiser:
         selected = None
         if role == "anchor":
             influence = _scattered(influences, order)
-            if not bool(torch.isfinite(influence).all()):
-                raise DitrimError(
-                    f"the influence scores of step {state.step} are not finite: the model "
-                    "overflowed on these inputs; with an fp16 engine set, try fp32"
-                )
+            self._check_finite(inputs, velocity, influence, state.step)
             selected = self.policy.select(influence, self.engines.engine_set.manifest.ladder)
             state.kept, state.gathered_rope = selected, None
             clock.lap("select")
@@ -219,6 +217,7 @@ class Denoiser:
 
     def _run_group(
         self,
+        graph: str,
         inputs: ModelInputs,
         kept: Tensor | None,
         rows: Tensor,
@@ -291,7 +290,7 @@ class Denoiser:
             "influence": empty(batch, hidden["reference"].shape[1], as_type=torch.float32),
         }
         clock.lap("other")
-        self.engines.run("back", {**hidden, **rope, "score_rows": score_rows}, outputs)
+        self.engines.run(graph, {**hidden, **rope, "score_rows": score_rows}, outputs)
         clock.lap("back")
         return outputs["velocity"], outputs["influence"]
 
@@ -330,8 +329,27 @@ class Denoiser:
             )
         return manifest.ladder.rung_for(length)
 
+    def _check_finite(
+        self, inputs: ModelInputs, velocity: Tensor, influence: Tensor, step: int
+    ) -> None:
+        """What an anchor step read and made; choosing tokens waits for the device in any case."""
+        tensors = (inputs.noisy_latents, velocity, influence)
+        flags = [torch.isfinite(tensor).all().to(influence.device) for tensor in tensors]
+        latents_are, velocity_is, influence_is = torch.stack(flags).tolist()
+        if not latents_are:
+            raise UsageError(f"noisy_latents hold NaN or infinite values at step {step}")
+        if not velocity_is or not influence_is:
+            what = "velocity" if not velocity_is else "influence scores"
+            raise DitrimError(
+                f"the {what} of step {step} are not finite: the model overflowed on these inputs; "
+                "with an fp16 engine set, try fp32 or bf16"
+            )
+
     def _check(self, inputs: ModelInputs, *, is_first: bool) -> None:
-        """Sizes at every call; values where that costs no wait for a device, else at the first."""
+        """Sizes at every call; values where that costs no wait for a device, else at the first.
+
+        On a GPU an anchor step looks at its latents again (`_check_finite`).
+        """
         limits = self.engines.engine_set.manifest.limits
         batch, num_noisy, _ = inputs.noisy_latents.shape
         for what, value, limit, option in (

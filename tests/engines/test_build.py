@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,10 +17,13 @@ from typing import Any
 import pytest
 
 from ditrim.engines import build, identity, source
+from ditrim.engines import engine_set as engine_set_module
 from ditrim.engines.build import build_engine_set, run_build
 from ditrim.engines.engine_set import load_engine_set
 from ditrim.engines.options import BuildOptions
-from ditrim.plugins.errors import CheckpointError, DitrimError, UsageError
+from ditrim.engines.tensorrt_builder import LibraryFacts
+from ditrim.engines.tensorrt_library import check_target
+from ditrim.plugins.errors import CheckpointError, DitrimError, EngineSetError, UsageError
 
 Process = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -33,7 +38,7 @@ class Notes:
     def stage(self, name: str) -> None:
         self.stages.append(name)
 
-    def update(self, done: int, total: int) -> None:
+    def update(self, done: int, total: int, unit: str = "bytes") -> None:
         assert 0 <= done <= total
 
     def note(self, message: str) -> None:
@@ -88,7 +93,7 @@ def test_changed_library_or_source_is_never_reused(
         ("source_digest", "0"),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(identity, name, lambda value=value: value)
+            patch.setattr(identity, name, lambda *arguments, value=value: value)
             assert not run_build(options).is_reused
             assert run_build(options).is_reused
 
@@ -415,3 +420,197 @@ def test_real_build_interrupted_while_tracing_leaves_the_previous_set(
     assert "Traceback" not in rest
     assert load_engine_set(engine_folder, verify="hashes").manifest.source["seed"] == 0
     assert os.listdir(engine_folder.parent) == [engine_folder.name]
+
+
+HAS_RTX = importlib.util.find_spec("tensorrt_rtx") and importlib.util.find_spec("polygraphy")
+needs_rtx = pytest.mark.skipif(not HAS_RTX, reason="tensorrt-rtx and polygraphy are not installed")
+FAMILIES = ("qwen-edit", "qwen-edit-plus", "qwen-edit-2511", "flux-kontext")
+
+
+def tiny_plans(folder: Path, family: str, **change: Any) -> BuildOptions:
+    """Options of plans of a tiny checkpoint, which is written."""
+    from tiny import tiny_transformer
+
+    tiny_transformer(family).save_pretrained(folder / "checkpoint")
+    options: dict[str, Any] = {
+        "model": family,
+        "weights": str(folder / "checkpoint"),
+        "backend": "tensorrt-rtx",
+        "front_depth": 1,
+        "layers": (2, 3),
+        "ladder": (16, 32, 64),
+        "max_noisy_tokens": 64,
+        "max_text_tokens": 32,
+        "output": str(folder / "set"),
+    }
+    return BuildOptions(**options | change)
+
+
+@needs_rtx
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plans_of_every_family_are_built_without_a_gpu(tmp_path: Path, family: str) -> None:
+    options = tiny_plans(tmp_path, family)
+    notes = Notes()
+    result = run_build(options, progress=notes)
+    manifest = load_engine_set(tmp_path / "set", verify="hashes").manifest
+    assert manifest == result.engine_set.manifest
+    assert {path.name for path in (tmp_path / "set").iterdir()} == {
+        "manifest.json",
+        "front.plan",
+        "back.plan",
+    }
+    assert manifest.precision == "bf16"
+    assert [graph.file for graph in manifest.graphs.values()] == ["front.plan", "back.plan"]
+    for role, spec in manifest.plans.items():
+        assert [profile.reference.most for profile in spec.profiles] == [16, 32, 64]
+        assert spec.device_memory_bytes is not None
+        assert (spec.inputs, spec.outputs) == (
+            manifest.graphs[role].inputs,
+            manifest.graphs[role].outputs,
+        )
+    assert "score_rows" in [item.name for item in manifest.plans["back"].inputs]
+    assert manifest.target["weights"] == "included"
+    assert notes.stages[1] == "Check the builder"
+    assert "Build back plan: Parse" in notes.stages
+    # The weights are the checkpoint's own until the plan is built; nothing of them is left behind.
+    weights = next((tmp_path / "checkpoint").glob("*.safetensors"))
+    assert weights.stat().st_nlink == 1
+    again = run_build(options)
+    assert again.is_reused
+    assert again.seconds < 2
+    os.truncate(tmp_path / "set" / "front.plan", 100)
+    with pytest.raises(DitrimError, match=r"front\.plan has 100 bytes, expected"):
+        load_engine_set(tmp_path / "set")
+
+
+@needs_rtx
+@pytest.mark.slow
+def test_separate_anchor_is_a_third_plan_and_the_reduced_one_scores_nothing(
+    tmp_path: Path,
+) -> None:
+    options = tiny_plans(tmp_path, "qwen-edit", separate_anchor=True, ladder=(64,))
+    manifest = run_build(options).engine_set.manifest
+    assert list(manifest.plans) == ["front", "back", "anchor"]
+    names = {role: [item.name for item in spec.inputs] for role, spec in manifest.plans.items()}
+    assert "score_rows" in names["anchor"]
+    assert "score_rows" not in names["back"]
+    assert [item.name for item in manifest.plans["back"].outputs] == ["velocity"]
+    assert manifest.graphs["back"].file == "anchor.plan"
+    assert manifest.target["separate_anchor"] is True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["onnxruntime", "tensorrt"])
+def test_graph_only_links_the_weights_and_needs_no_library_of_plans(
+    tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(backend: str) -> str:
+        assert backend == "onnxruntime"
+        return "1.23.0"
+
+    for module in (identity, build, engine_set_module):
+        monkeypatch.setattr(module, "backend_version", version)
+    precision = "fp32" if backend == "onnxruntime" else "bf16"
+    options = tiny_plans(
+        tmp_path, "qwen-edit", backend=backend, graph_only=True, precision=precision
+    )
+    manifest = run_build(options).engine_set.manifest
+    assert (manifest.plans, manifest.target) == ({}, {})
+    weights = next((tmp_path / "checkpoint").glob("*.safetensors"))
+    assert weights.samefile(tmp_path / "set" / weights.name)
+    entry = next(item for item in manifest.files if item.path == weights.name)
+    assert entry.sha256 == next(iter(manifest.source["files"].values()))["sha256"]
+    assert {item.path for item in manifest.files} == {"front.onnx", "back.onnx", weights.name}
+    assert run_build(options).is_reused
+
+
+@needs_rtx
+def test_reuse_of_plans_imports_nothing_heavy(
+    tmp_path: Path, fake_graphs: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fake_plans(plan: Any, facts: Any, graphs: Any, folder: Path, progress: Any) -> Any:
+        return graphs, {}, {}
+
+    monkeypatch.setattr(build, "_build_plans", fake_plans)
+    monkeypatch.setattr(build, "ask_library", lambda target: facts_of_nothing())
+    options = BuildOptions(
+        backend="tensorrt-rtx", output=str(tmp_path / "set"), **fake_graphs.OPTIONS
+    )
+    assert not run_build(options).is_reused
+    code = (
+        "import sys; from ditrim.engines.cli import main; code = main(sys.argv[1:]); "
+        "heavy = {'torch', 'diffusers', 'onnx', 'numpy', 'tensorrt_rtx', 'polygraphy'}; "
+        "print(sorted(heavy & set(sys.modules))); sys.exit(code)"
+    )
+    command = [sys.executable, "-c", code, *fake_graphs.ARGUMENTS, "--backend", "tensorrt-rtx"]
+    command += ["--output", str(tmp_path / "set"), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    answer, heavy = done.stdout.splitlines()
+    assert json.loads(answer)["is_reused"] is True
+    assert heavy == "[]"
+
+
+def facts_of_nothing() -> LibraryFacts:
+    return LibraryFacts(version="", polygraphy="", capabilities=(), default_capabilities=())
+
+
+def test_plans_of_tensorrt_need_a_gpu_before_anything_is_read(
+    tmp_path: Path, fake_graphs: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "backend_version", lambda backend: "10.16.1.11")
+    monkeypatch.setattr(build, "present_gpu", lambda: None)
+    options = BuildOptions(backend="tensorrt", output=str(tmp_path / "set"), **fake_graphs.OPTIONS)
+    with pytest.raises(DitrimError, match="builds on the GPU that will run the plans"):
+        run_build(options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_rtx
+@pytest.mark.slow
+@pytest.mark.parametrize(("send", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_plan_leaves_the_previous_set_and_no_builder(
+    engine_folder: Path, tmp_path: Path, send: int, code: int
+) -> None:
+    options = tiny_plans(tmp_path, "qwen-edit", output=str(engine_folder))
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from ditrim.engines.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    arguments = shlex.split(options.command())[1:]
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *arguments], stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("Build front plan: Cloning"):
+            break
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) == 1
+    start = time.monotonic()
+    process.send_signal(send)
+    rest = process.stderr.read()
+    assert process.wait(30) == code
+    assert time.monotonic() - start < 15  # most of it Python's own end, with torch loaded
+    assert "nothing is left half done" in rest
+    assert "Traceback" not in rest
+    assert not Path(f"/proc/{children[0]}").exists()
+    assert load_engine_set(engine_folder, verify="hashes").manifest.source["seed"] == 0
+    assert not list(engine_folder.parent.glob(".set.building-*"))
+
+
+def test_graphs_for_a_library_that_is_not_there_are_built_and_say_what_they_are(
+    fake_graphs: ModuleType, tmp_path: Path
+) -> None:
+    if importlib.util.find_spec("tensorrt") is not None:
+        pytest.skip("tensorrt is installed")
+    options = BuildOptions(
+        backend="tensorrt", graph_only=True, output=str(tmp_path / "set"), **fake_graphs.OPTIONS
+    )
+    manifest = run_build(options).engine_set.manifest
+    assert (manifest.backend, manifest.backend_version) == ("tensorrt", "")
+    assert run_build(options).is_reused
+    with pytest.raises(EngineSetError, match=r"set of tensorrt holds graphs only \(--graph-only\)"):
+        check_target(manifest)
+    with pytest.raises(DitrimError, match=r"'tensorrt' is not installed; install it with: pip"):
+        run_build(replace(options, graph_only=False))

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from ditrim.engines.cli import main
+from ditrim.engines.cli import _size, main
 
 Capture = pytest.CaptureFixture[str]
 
@@ -43,6 +43,12 @@ def test_build_prints_what_was_built(
         ("--rungs many", "argument --rungs: invalid int value: 'many'"),
         ("--bogus", "unrecognized arguments: --bogus"),
         ("--precision bf16", "use --precision fp32, or fp16 for the CUDA provider"),
+        (
+            "--backend tensorrt-rtx --workspace lots",
+            "--workspace: 'lots' is not valid; give a size",
+        ),
+        ("--backend tensorrt-rtx --workspace 8parsecs", "give a size, as 8GiB or 500MB"),
+        ("--device h100", "--device names the GPU of an estimate and needs --dry-run"),
         ("--weights no/such/folder", "checkpoint no/such/folder does not exist"),
     ],
 )
@@ -66,3 +72,46 @@ def test_help_has_examples(capsys: Capture) -> None:
         main(["--help"])
     assert raised.value.code == 0
     assert "build-engine --preset small" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "num_bytes"),
+    [("8GiB", 8 << 30), ("500MB", 500_000_000), ("1.5 gib", 3 << 29), ("4194304", 1 << 22)],
+)
+def test_sizes_have_units(text: str, num_bytes: int) -> None:
+    assert _size("--workspace", text) == num_bytes
+
+
+def test_long_or_impossible_output_names_are_mistakes_without_internal_paths(
+    fake_graphs: ModuleType, tmp_path: Path, capsys: Capture
+) -> None:
+    long_name = tmp_path / ("x" * 240)
+    for output, message in (
+        (long_name, "has 240 bytes; names of up to"),
+        (tmp_path / ("ü" * 200) / "set", "has 400 bytes; names of up to"),
+        (tmp_path / "/".join(["deep" * 40] * 30), "is too long for this system; give a shorter"),
+        (Path("/proc/set"), "is in a part of the system that holds no files; give a folder on"),
+        (Path("/sys/kernel/set"), "is in a part of the system that holds no files"),
+    ):
+        assert main([*fake_graphs.ARGUMENTS, "--output", str(output), "--json"]) == 2, output
+        printed = capsys.readouterr()
+        assert message in json.loads(printed.out)["error"]
+        assert "building-" not in printed.out
+        assert "Traceback" not in printed.err
+    assert list(tmp_path.iterdir()) == []
+    longest = tmp_path / ("x" * 200)
+    assert main([*fake_graphs.ARGUMENTS, "--output", str(longest)]) == 0
+    assert (longest / "manifest.json").is_file()
+
+
+def test_dry_run_builds_nothing_and_fetches_nothing(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ditrim.engines.estimate")
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--backend", "tensorrt", "--dry-run", "--device", "h100"]
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["estimate"]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []

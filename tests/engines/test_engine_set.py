@@ -82,7 +82,7 @@ def test_changed_weights_of_equal_size_are_found_by_hashes(engine_folder: Path) 
 def test_damaged_manifest_still_gives_the_rebuild_command(engine_folder: Path) -> None:
     forge(engine_folder, lambda content: content.update(format_version=99))
     with pytest.raises(
-        EngineSetError, match=r"version 99; .* version 1\. Build it again with: build-engine .*set"
+        EngineSetError, match=r"version 99; .* version 2\. Build it again with: build-engine .*set"
     ):
         load_engine_set(engine_folder)
 
@@ -196,4 +196,92 @@ def test_rebuild_command_replaces_options_and_what_contradicts_them() -> None:
     )
     assert rebuild_command(command, Path("x"), ladder=(4, 8), model=None) == (
         "build-engine --config 'a=[1, 2]' --ladder 4,8 --output x"
+    )
+
+
+@pytest.fixture
+def plan_folder(engine_folder: Path) -> Path:
+    """A set of plans, as far as its files and its manifest show."""
+    size = {"least": 1, "best": 2, "most": 4}
+    profile = dict.fromkeys(("batch", "noisy", "reference", "text"), size) | {"rows": None}
+    plans = {}
+    for role in ("front", "back"):
+        for ending in ("onnx", "safetensors"):
+            (engine_folder / f"{role}.{ending}").unlink()
+        (engine_folder / f"{role}.plan").write_bytes(role.encode() * 100)
+        plans[role] = {
+            "file": f"{role}.plan",
+            "profiles": [profile],
+            "device_memory_bytes": None,
+            "inputs": [],
+            "outputs": [],
+        }
+
+    def change(content: dict[str, Any]) -> None:
+        content["plans"] = plans
+        content["target"] = {
+            "compute_capabilities": ["8.9"],
+            "gpu": None,
+            "driver": None,
+            "weights": "included",
+            "separate_anchor": False,
+        }
+        content["files"] = []
+        for role in plans:
+            data = (engine_folder / f"{role}.plan").read_bytes()
+            content["graphs"][role]["file"] = f"{role}.plan"
+            content["files"].append(
+                {
+                    "path": f"{role}.plan",
+                    "num_bytes": len(data),
+                    "sha256": module.hashlib.sha256(data).hexdigest(),
+                }
+            )
+
+    forge(engine_folder, change)
+    return engine_folder
+
+
+def test_set_of_plans_loads_and_its_damage_is_found(plan_folder: Path) -> None:
+    engine_set = load_engine_set(plan_folder, verify="hashes")
+    assert engine_set.path_of("back") == plan_folder / "back.plan"
+    path = plan_folder / "front.plan"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    load_engine_set(plan_folder)  # plans are as large as weights, and hashed when asked
+    with pytest.raises(EngineSetError, match=r"front\.plan was changed: its SHA-256"):
+        load_engine_set(plan_folder, verify="hashes")
+    os.truncate(path, 7)
+    with pytest.raises(EngineSetError, match=r"front\.plan has 7 bytes, expected 500"):
+        load_engine_set(plan_folder)
+    path.unlink()
+    with pytest.raises(EngineSetError, match=r"front\.plan is missing"):
+        load_engine_set(plan_folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("../back.plan", "is not among the listed"),
+        ("other.plan", "is not among the listed"),
+        ("graph.onnx", r"'graph\.onnx' is not a plan by its name"),
+    ],
+)
+def test_plan_that_is_no_file_of_the_set_is_refused(
+    plan_folder: Path, file: str, message: str
+) -> None:
+    (plan_folder / "graph.onnx").write_bytes(b"x")
+
+    def change(content: dict[str, Any]) -> None:
+        content["plans"]["back"]["file"] = file
+        content["files"].append({"path": "graph.onnx", "num_bytes": 1, "sha256": "0"})
+
+    forge(plan_folder, change)
+    with pytest.raises(EngineSetError, match=message):
+        load_engine_set(plan_folder)
+
+
+def test_rebuild_command_knows_options_without_a_value() -> None:
+    command = "build-engine --separate-anchor --model qwen-edit --graph-only --output old"
+    assert rebuild_command(command, Path("x"), graph_only=None) == (
+        "build-engine --separate-anchor --model qwen-edit --output x"
     )

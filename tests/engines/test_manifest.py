@@ -44,7 +44,7 @@ def test_missing_seal_is_recognised(text: str) -> None:
 
 def test_other_format_version_names_both(text: str) -> None:
     content = json.loads(text) | {"format_version": 7, "new_key": 1}
-    with pytest.raises(EngineSetError, match=r"is of format version 7; .* reads format version 1"):
+    with pytest.raises(EngineSetError, match=r"is of format version 7; .* reads format version 2"):
         Manifest.from_json(sealed(content))
 
 
@@ -70,6 +70,9 @@ def test_truncated_manifest_says_so(text: str) -> None:
         ({"limits": {"batch": 0, "noisy": 1, "text": 1}}, "key 'limits.batch' is 0"),
         ({"representative_layers": ["a"]}, r"key 'representative_layers\[0\]' must be a whole"),
         ({"command": None}, "key 'command' must be text, not null"),
+        ({"plans": []}, "key 'plans' must be an object, not a list"),
+        ({"plans": {"middle": {}}}, r"unknown key 'plans\.middle'"),
+        ({"target": {"gpu": None}}, r"key 'target\.compute_capabilities' is missing"),
     ],
 )
 def test_wrong_keys_are_named_even_if_the_seal_is_forged(
@@ -91,3 +94,77 @@ def test_missing_keys_are_named(text: str, key: str) -> None:
 def test_what_is_no_manifest_is_a_clear_error(text: str) -> None:
     with pytest.raises(EngineSetError, match=r"manifest\.json"):
         Manifest.from_json(text)
+
+
+def plan_content() -> dict[str, Any]:
+    """A plan as a manifest holds it."""
+    size = {"least": 1, "best": 2, "most": 4}
+    return {
+        "file": "back.plan",
+        "profiles": [dict.fromkeys(("batch", "noisy", "reference", "text", "rows"), size)],
+        "device_memory_bytes": [1024],
+        "inputs": [{"name": "score_rows", "dtype": "int64", "shape": ["rows"]}],
+        "outputs": [{"name": "influence", "dtype": "float32", "shape": ["batch", "reference"]}],
+    }
+
+
+TARGET = {
+    "compute_capabilities": ["8.9", "12.0"],
+    "gpu": None,
+    "driver": None,
+    "weights": "included",
+    "separate_anchor": False,
+}
+
+
+def test_plans_and_target_survive_a_round_trip(text: str) -> None:
+    front = plan_content() | {"file": "front.plan", "inputs": [], "device_memory_bytes": None}
+    front["profiles"] = [front["profiles"][0] | {"rows": None}]
+    content = json.loads(text) | {
+        "plans": {"front": front, "back": plan_content()},
+        "target": TARGET,
+    }
+    manifest = Manifest.from_json(sealed(content))
+    assert Manifest.from_json(manifest.to_json()) == manifest
+    assert manifest.target == TARGET
+    assert manifest.plans["back"].profiles[0].reference.most == 4
+    assert manifest.plans["back"].device_memory_bytes == (1024,)
+    assert manifest.plans["front"].profiles[0].rows is None
+    assert manifest.plans["front"].device_memory_bytes is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"profiles": []}, r"key 'plans\.back\.profiles' is empty"),
+        ({"device_memory_bytes": [1, 2]}, r"device_memory_bytes' has 2 entries for 1 profiles"),
+        ({"inputs": []}, r"profiles\[0\]\.rows' does not fit the plan's inputs"),
+        (
+            {"outputs": [{"name": "x", "dtype": "float32", "shape": ["depth"]}]},
+            r"'plans\.back\.inputs' names the axis 'depth'; allowed: batch, noisy, reference, text",
+        ),
+        ({"surprise": 1}, r"unknown key 'plans\.back\.surprise'"),
+    ],
+)
+def test_wrong_plans_are_named(text: str, change: dict[str, Any], message: str) -> None:
+    plans = {
+        "front": plan_content() | {"file": "front.plan"},
+        "back": plan_content() | change,
+    }
+    content = json.loads(text) | {"plans": plans, "target": TARGET}
+    with pytest.raises(EngineSetError, match=message):
+        Manifest.from_json(sealed(content))
+
+
+def test_profile_range_that_contradicts_itself_is_named(text: str) -> None:
+    plan = plan_content()
+    plan["profiles"] = [plan["profiles"][0] | {"text": {"least": 3, "best": 2, "most": 4}}]
+    content = json.loads(text) | {"plans": {"front": plan, "back": plan}, "target": TARGET}
+    with pytest.raises(EngineSetError, match=r"'plans\.front\.profiles\[0\]\.text': the range 3"):
+        Manifest.from_json(sealed(content))
+
+
+def test_one_plan_alone_is_no_set(text: str) -> None:
+    content = json.loads(text) | {"plans": {"back": plan_content()}, "target": TARGET}
+    with pytest.raises(EngineSetError, match=r"key 'plans\.front' is missing"):
+        Manifest.from_json(sealed(content))

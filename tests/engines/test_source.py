@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,13 @@ import pytest
 
 from ditrim.engines import source as module
 from ditrim.engines.options import BuildOptions
-from ditrim.engines.source import choose_split, find_source, fingerprint
+from ditrim.engines.source import (
+    check_unchanged,
+    choose_split,
+    find_source,
+    fingerprint,
+    planned_config,
+)
 from ditrim.plugins.errors import CheckpointError, UsageError
 
 
@@ -115,6 +122,69 @@ def test_preset_takes_its_own_calibration(
     calibration.write_text("{}")
     with pytest.raises(CheckpointError, match=r"calibration\.json is damaged .*front_depth"):
         find_source(options)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        "[]",
+        "3",
+        "not json",
+        "[" * 100_000,
+        '{"front_depth": 1, "representative_layers": []}',
+        '{"front_depth": 1, "representative_layers": 2}',
+        '{"front_depth": 1.5, "representative_layers": [2]}',
+        '{"front_depth": true, "representative_layers": [2]}',
+        '{"front_depth": -1, "representative_layers": [2]}',
+        '{"front_depth": 1, "representative_layers": [2, 2]}',
+        '{"front_depth": 2, "representative_layers": [1]}',
+    ],
+)
+def test_damaged_calibration_of_the_preset_names_the_file(
+    pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    shutil.copytree(pipeline_folder / "transformer", tmp_path / "transformer")
+    monkeypatch.setattr(module, "small_editor_folder", lambda: tmp_path)
+    (tmp_path / "calibration.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"calibration\.json is damaged .* install the"):
+        find_source(BuildOptions(preset="small"))
+
+
+def test_status_that_a_link_stamps_is_refreshed_and_content_still_guarded(
+    pipeline_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(pipeline_folder, tmp_path / "pipeline")
+    source = find_source(BuildOptions(weights=str(tmp_path / "pipeline")))
+    prints = fingerprint(source, {})
+    name = next(iter(prints))
+    path = tmp_path / "pipeline" / "transformer" / name
+    os.link(path, tmp_path / "link")
+    (tmp_path / "link").unlink()
+    with pytest.raises(CheckpointError, match="changed while the engine set was built"):
+        check_unchanged(source, prints)
+    now = check_unchanged(source, prints, were_linked=True)
+    assert now[name]["sha256"] == prints[name]["sha256"]
+    assert now[name]["ctime_ns"] > prints[name]["ctime_ns"]
+    assert fingerprint(source, now) == now
+    os.utime(path)
+    with pytest.raises(CheckpointError, match=f"{name} changed while the engine set was built"):
+        check_unchanged(source, prints, were_linked=True)
+
+
+def test_planned_configuration_fetches_nothing(
+    pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "fetch_checkpoint", lambda *arguments: pytest.fail("fetched"))
+    assert planned_config(BuildOptions(model="qwen-edit-2511")) == {
+        "zero_cond_t": True,
+        "_class_name": "QwenImageTransformer2DModel",
+    }
+    folder = planned_config(BuildOptions(weights=str(pipeline_folder)))
+    assert folder["num_layers"] == 3
+    assert planned_config(BuildOptions(weights="random", num_layers=7))["num_layers"] == 7
+    with pytest.raises(CheckpointError, match="neither a folder that exists"):
+        planned_config(BuildOptions(weights="nowhere"))
 
 
 def test_installation_without_the_small_editor_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

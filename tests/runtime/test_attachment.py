@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -122,6 +125,21 @@ def test_detach_restores_the_pipeline_exactly(family: str, loaded: Any) -> None:
     assert torch.equal(run(pipe, arguments), expected)
 
 
+def test_saving_is_refused_while_attached_and_whole_afterwards(loaded: Any, tmp_path: Path) -> None:
+    pipe = tiny_pipeline("qwen-edit")
+    with (
+        ditrim.attach(pipe, loaded("qwen-edit")),
+        pytest.raises(UsageError, match="cannot be saved with it; detach it first"),
+    ):
+        pipe.save_pretrained(tmp_path / "attached")
+    assert not (tmp_path / "attached").exists()
+    assert "save_pretrained" not in vars(pipe)
+    pipe.save_pretrained(tmp_path / "detached")
+    index = json.loads((tmp_path / "detached" / "model_index.json").read_text())
+    assert index["transformer"] == ["diffusers", "QwenImageTransformer2DModel"]
+    assert (tmp_path / "detached" / "transformer" / "config.json").is_file()
+
+
 def test_an_error_inside_the_block_restores_the_pipeline(loaded: Any) -> None:
     pipe = tiny_pipeline("qwen-edit")
     transformer = pipe.transformer
@@ -175,25 +193,20 @@ def test_two_threads_share_loaded_engines(loaded: Any) -> None:
         pipe = tiny_pipeline("qwen-edit")
         with ditrim.attach(pipe, engines, policy):
             expected.append(run(pipe, item))
-    results: dict[int, list[torch.Tensor]] = {0: [], 1: []}
     pipes = [tiny_pipeline("qwen-edit") for _ in range(2)]
     barrier = threading.Barrier(2)
 
-    def work(index: int) -> None:
+    def work(index: int) -> list[torch.Tensor]:
         with ditrim.attach(pipes[index], engines, policy):
-            barrier.wait()
-            for _ in range(3):
-                results[index].append(pipes[index](**copy.deepcopy(arguments[index])).images)
+            barrier.wait(timeout=60)
+            return [pipes[index](**copy.deepcopy(arguments[index])).images for _ in range(3)]
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    with small_pictures():
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    for index in range(2):
-        assert len(results[index]) == 3
-        assert all(torch.equal(found, expected[index]) for found in results[index])
+    with small_pictures(), ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(work, index) for index in range(2)]
+        for index, future in enumerate(futures):
+            found = future.result()
+            assert len(found) == 3
+            assert all(torch.equal(images, expected[index]) for images in found)
 
 
 def test_kept_tokens_are_those_of_equation_10(loaded: Any, monkeypatch: Any) -> None:

@@ -1,0 +1,642 @@
+"""A plan before the build: what a set will weigh, on disk, in the build and on a device.
+
+From the options and the transformer's configuration only: no weights are read or fetched, nothing
+is built, and torch is imported only to ask for the GPU that is present. What each figure was
+compared with, and how far off it was: `docs/dry-run.md`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ditrim.engines.companions import COMPANIONS, Companion
+from ditrim.engines.devices import DEVICES, Device, device_named, present_device
+from ditrim.engines.flops import CallSize
+from ditrim.engines.memory import ELEMENT_BYTES, activation_bytes, seam_bytes
+from ditrim.engines.options import PLAN_BACKENDS, BuildOptions
+from ditrim.engines.parameters import complete_config, count_parameters
+from ditrim.engines.profiles import is_scored, plan_roles
+from ditrim.engines.source import Source, choose_split, find_source
+from ditrim.engines.staging import format_bytes
+
+# A plan's kernels, for each profile: of all that is not a block, of a double- and a single-stream
+# block. Read off TensorRT-RTX 1.7.1; the width does not matter.
+_PROFILE_BYTES = {"front": 1_350_000, "back": 800_000}
+_DOUBLE_BLOCK_BYTES = 2_450_000
+_SINGLE_BLOCK_BYTES = 1_450_000
+_SCORING_BYTES = 1_200_000  # and of a layer that scores
+# An ONNX graph without weights, for each block.
+_GRAPH_BLOCK_BYTES = 20_000
+# Host memory of a process that has imported torch and diffusers, and of a builder with nothing yet.
+_TORCH_BYTES = 900_000_000
+_BUILDER_BYTES = 290_000_000
+# How often the builder holds the weights of a plan: once as mapped files, which the system can drop
+# where memory is short, and about twice of its own. Read off TensorRT-RTX 1.7.1 up to 1.2 GB.
+_BUILDER_COPIES = 3.1
+# CUDA's context, libraries and caches. An allowance, not measured.
+_RESERVE_BYTES = 1 << 30
+# A set fits if it leaves the rest free, for what is not counted: workspaces of convolutions,
+# fragmentation, and the errors of this estimate.
+_USABLE = 0.95
+_TOKEN_PIXELS = 16 * 16
+# Capabilities that TensorRT-RTX 1.7 builds for.
+_RTX_CAPABILITIES = {(7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanEstimate:
+    """One plan of a set; with `onnxruntime`, one graph.
+
+    Attributes:
+        role: "front", "back" or "anchor".
+        num_parameters: that it holds.
+        weights_bytes: of them, in the set's precision.
+        file_bytes: of the plan with its weights, or of a graph and its weights.
+        activation_bytes: on each rung, at the largest batch, picture and text.
+    """
+
+    role: str
+    num_parameters: int
+    weights_bytes: int
+    file_bytes: int
+    activation_bytes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Need:
+    """Device memory while an edit is made.
+
+    Attributes:
+        engines: plans, resident.
+        companions: text encoder and VAE, resident.
+        denoising, text, pictures: what each phase adds; they run in turn.
+        reserve: CUDA's own.
+    """
+
+    engines: int
+    companions: int
+    denoising: int
+    text: int
+    pictures: int
+    reserve: int
+
+    @property
+    def total(self) -> int:
+        """At the highest moment."""
+        phases = max(self.denoising, self.text, self.pictures)
+        return self.engines + self.companions + phases + self.reserve
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """Something to do where a set does not fit.
+
+    Attributes:
+        action: in words.
+        option: of `build-engine`, none where it is done in the pipeline.
+        needed_bytes: with it and all changes before it in the list.
+        fits: whether that is enough.
+    """
+
+    action: str
+    option: str | None
+    needed_bytes: int
+    fits: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """What `build-engine --dry-run` says.
+
+    Attributes:
+        command: that the estimate is of.
+        model, backend, precision: of the set.
+        device: that it is for.
+        rungs: reference lengths.
+        batch, num_noisy, num_text: the limits that activations are for.
+        front_depth, num_layers, layers: K, the number of blocks, and those that score.
+        num_parameters: of the whole transformer.
+        plans: by role, in the order in which they are built.
+        disk_bytes: of the finished set.
+        build_disk_bytes: while it is built, beside a set that it replaces.
+        build_graphs_bytes: host memory while the graphs are written.
+        build_plans_bytes: host memory of the process that builds a plan; 0 without plans.
+        build_device_bytes: 0 where the build needs no device.
+        companions: what else is on the device.
+        need: device memory while an edit is made.
+        fits: whether the device has that much.
+        changes: what to do if not, in order, up to where it fits.
+        fits_on: other devices of the table that have enough as it is.
+        notes: what else to know.
+    """
+
+    command: str
+    model: str
+    backend: str
+    precision: str
+    device: Device
+    rungs: tuple[int, ...]
+    batch: int
+    num_noisy: int
+    num_text: int
+    front_depth: int
+    num_layers: int
+    layers: tuple[int, ...]
+    num_parameters: int
+    plans: tuple[PlanEstimate, ...]
+    disk_bytes: int
+    build_disk_bytes: int
+    build_graphs_bytes: int
+    build_plans_bytes: int
+    build_device_bytes: int
+    companions: tuple[Companion, ...]
+    need: Need
+    fits: bool
+    changes: tuple[Change, ...]
+    fits_on: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it for JSON."""
+        result: dict[str, Any] = {}
+        for name in self.__dataclass_fields__:
+            value = getattr(self, name)
+            if name == "device":
+                result[name] = asdict(value) | {"sources": dict(value.sources)}
+            elif name == "need":
+                result[name] = asdict(value) | {"total": value.total}
+            elif name in ("plans", "changes"):
+                result[name] = [asdict(item) for item in value]
+            elif name == "companions":
+                result[name] = [_companion_dict(item) for item in value]
+            else:
+                result[name] = value
+        return _listed(result)
+
+    def lines(self) -> list[str]:
+        """All of it for a person."""
+        return list(_lines(self))
+
+
+def _companion_dict(item: Companion) -> dict[str, Any]:
+    names = ("name", "part", "num_parameters", "weights_bytes", "phase", "source")
+    return {name: getattr(item, name) for name in names}
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _listed(item) for key, item in value.items()}
+    return [_listed(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def usable_bytes(device: Device) -> int:
+    """What a set may take of a device: 95 % of what CUDA reports."""
+    return round(_USABLE * device.memory_bytes)
+
+
+def estimate(
+    options: BuildOptions, config: Mapping[str, Any], device: Device | str | None = None
+) -> Estimate:
+    """Say what a build would take and whether its set would fit a device.
+
+    Args:
+        options: of the build.
+        config: the transformer's configuration, as `source.planned_config` finds it.
+        device: or its name; none means the GPU that is present.
+
+    Raises:
+        UsageError: the device is not known, or none is named and none is present; a split or
+            length does not fit the model.
+    """
+    if device is None:
+        device = present_device()
+    elif isinstance(device, str):
+        device = device_named(device)
+    figures = _Figures.of(options, config)
+    need = figures.need()
+    fits = need.total <= usable_bytes(device)
+    return Estimate(
+        command=options.command(),
+        model=options.preset or options.model,
+        backend=options.backend,
+        precision=options.precision,
+        device=device,
+        rungs=options.reference_ladder.rungs,
+        batch=options.limits.batch,
+        num_noisy=options.limits.noisy,
+        num_text=options.limits.text,
+        front_depth=figures.front_depth,
+        num_layers=figures.num_layers,
+        layers=figures.layers,
+        num_parameters=figures.num_parameters,
+        plans=figures.plans,
+        disk_bytes=figures.disk_bytes(),
+        build_disk_bytes=figures.build_disk_bytes(),
+        build_graphs_bytes=figures.build_graphs_bytes(),
+        build_plans_bytes=figures.build_plans_bytes(),
+        build_device_bytes=figures.build_device_bytes(),
+        companions=figures.companions,
+        need=need,
+        fits=fits,
+        changes=() if fits else tuple(_changes(options, config, device)),
+        fits_on=()
+        if fits
+        else tuple(item.name for item in DEVICES.values() if need.total <= usable_bytes(item)),
+        notes=tuple(_notes(options, device, figures)),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Figures:
+    """What follows from options and configuration, whatever the device."""
+
+    options: BuildOptions
+    config: Mapping[str, Any]
+    front_depth: int
+    num_layers: int
+    layers: tuple[int, ...]
+    num_parameters: int
+    plans: tuple[PlanEstimate, ...]
+    companions: tuple[Companion, ...]
+
+    @classmethod
+    def of(
+        cls,
+        options: BuildOptions,
+        config: Mapping[str, Any],
+        without: frozenset[str] = frozenset(),
+    ) -> _Figures:
+        """Count; `without` names companions that are kept off the device."""
+        family = options.family
+        source = Source(kind="random", location="", config=config)
+        if options.preset is not None:
+            source = find_source(options)
+        split = choose_split(options, source)
+        config = complete_config(config, family.architecture)
+        counts = count_parameters(config, family.architecture, split.front_depth)
+        companions = COMPANIONS[family.architecture] if options.preset is None else ()
+        return cls(
+            options=options,
+            config=config,
+            front_depth=split.front_depth,
+            num_layers=split.num_layers,
+            layers=split.representative_layers,
+            num_parameters=counts.total,
+            plans=tuple(
+                _plan(
+                    options,
+                    config,
+                    role,
+                    range(split.front_depth)
+                    if role == "front"
+                    else range(split.front_depth, split.num_layers),
+                    counts.front if role == "front" else counts.back,
+                    len(split.representative_layers),
+                )
+                for role in plan_roles(separate_anchor=options.separate_anchor)
+            ),
+            companions=tuple(item for item in companions if item.part not in without),
+        )
+
+    @property
+    def size(self) -> CallSize:
+        """The largest call."""
+        options = self.options
+        return CallSize(
+            num_noisy=options.limits.noisy,
+            num_reference=options.reference_ladder.longest,
+            num_text=options.limits.text,
+            batch=options.limits.batch,
+        )
+
+    def need(self) -> Need:
+        """Device memory while an edit is made."""
+        options, size = self.options, self.size
+        arena = max(max(plan.activation_bytes) for plan in self.plans)
+        seams = seam_bytes(
+            self.config, options.family.architecture, size, precision=options.precision
+        )
+        phases = {"text": 0, "pictures": 0}
+        for item in self.companions:
+            added = item.transient_bytes(size.num_noisy * _TOKEN_PIXELS, size.num_text)
+            phases[item.phase] = max(phases[item.phase], added)
+        return Need(
+            engines=sum(plan.file_bytes for plan in self.plans),
+            companions=sum(item.weights_bytes for item in self.companions),
+            denoising=arena + seams,
+            reserve=_RESERVE_BYTES,
+            **phases,
+        )
+
+    def disk_bytes(self) -> int:
+        """Of the finished set."""
+        if self.options.graph_only or self.options.weights_stripped:
+            # Graphs point into the checkpoint's own files, which cost nothing where linked.
+            kernels = sum(plan.file_bytes - plan.weights_bytes for plan in self.plans)
+            graphs = self._weights_once() + _GRAPH_BLOCK_BYTES * self.num_layers
+            return graphs + kernels * self.options.weights_stripped
+        return sum(plan.file_bytes for plan in self.plans)
+
+    def build_disk_bytes(self) -> int:
+        """At the end of a build: graphs with their weights, plans, and the set that is there."""
+        needed = 2 * self.disk_bytes()
+        options = self.options
+        if options.builds_plans and not options.weights_stripped and not self._is_linked():
+            needed += sum(plan.weights_bytes for plan in self.plans)
+        return needed
+
+    def _is_linked(self) -> bool:
+        """Whether graphs point into the checkpoint's own files."""
+        options = self.options
+        has_files = options.weights != "random" and options.preset is None
+        return has_files and (options.graph_only or options.builds_plans)
+
+    def _weights_once(self) -> int:
+        return sum(plan.weights_bytes for plan in self.plans if plan.role != "anchor")
+
+    def build_graphs_bytes(self) -> int:
+        """Host memory while the graphs are written."""
+        weights = self.num_parameters * ELEMENT_BYTES[self.options.precision]
+        return _TORCH_BYTES + (0 if self._is_linked() else weights)
+
+    def build_plans_bytes(self) -> int:
+        """Host memory of the process that builds the largest plan."""
+        if not self.options.builds_plans:
+            return 0
+        largest = max(self.plans, key=lambda plan: plan.file_bytes)
+        kernels = largest.file_bytes - largest.weights_bytes
+        return round(_BUILDER_BYTES + _BUILDER_COPIES * largest.weights_bytes + kernels)
+
+    def build_device_bytes(self) -> int:
+        """Weights and activations of the largest plan, and the workspace where one is set."""
+        if self.options.backend != "tensorrt" or not self.options.builds_plans:
+            return 0
+        return _RESERVE_BYTES + max(
+            plan.file_bytes + max(plan.activation_bytes) + (self.options.workspace or 0)
+            for plan in self.plans
+        )
+
+
+def _plan(
+    options: BuildOptions,
+    config: Mapping[str, Any],
+    role: str,
+    layers: range,
+    num_parameters: int,
+    num_scored: int,
+) -> PlanEstimate:
+    architecture, ladder = options.family.architecture, options.reference_ladder
+    weights = num_parameters * ELEMENT_BYTES[options.precision]
+    scores = is_scored(role, separate_anchor=options.separate_anchor)
+    if options.backend in PLAN_BACKENDS:
+        num_single = sum(layer >= config["num_layers"] for layer in layers)
+        kernels = (
+            _PROFILE_BYTES["front" if role == "front" else "back"]
+            + _DOUBLE_BLOCK_BYTES * (len(layers) - num_single)
+            + _SINGLE_BLOCK_BYTES * num_single
+            + _SCORING_BYTES * num_scored * scores
+        )
+        more = kernels * len(ladder.rungs)
+    else:
+        more = _GRAPH_BLOCK_BYTES * max(1, len(layers))
+    return PlanEstimate(
+        role=role,
+        num_parameters=num_parameters,
+        weights_bytes=weights,
+        file_bytes=weights + more,
+        activation_bytes=tuple(
+            activation_bytes(
+                config,
+                architecture,
+                layers,
+                CallSize(
+                    num_noisy=options.limits.noisy,
+                    num_reference=rung,
+                    num_text=options.limits.text,
+                    batch=options.limits.batch,
+                ),
+                backend=options.backend,
+                precision=options.precision,
+                num_rows=options.limits.noisy * scores,
+            )
+            for rung in ladder.rungs
+        ),
+    )
+
+
+_Changed = tuple[BuildOptions, frozenset[str]]
+
+
+def _text_off(state: _Changed) -> _Changed | None:
+    options, without = state
+    parts = {"text_encoder", "text_encoder_2"}
+    return None if parts <= without or options.preset else (options, without | parts)
+
+
+def _unscored(state: _Changed) -> _Changed | None:
+    options, without = state
+    return (replace(options, separate_anchor=False), without) if options.separate_anchor else None
+
+
+def _single(state: _Changed) -> _Changed | None:
+    options, without = state
+    if options.limits.batch == 1:
+        return None
+    return replace(options, max_batch=1, min_batch=None, opt_batch=None), without
+
+
+def _half_size(state: _Changed) -> _Changed | None:
+    options, without = state
+    if options.precision != "fp32":
+        return None
+    precision = "bf16" if options.backend in PLAN_BACKENDS else "fp16"
+    return replace(options, precision=precision), without
+
+
+def _fewer_references(state: _Changed) -> _Changed | None:
+    options, without = state
+    if options.preset or options.ladder or options.max_reference_tokens:
+        return None
+    one = replace(options, num_references=1)
+    return (one, without) if one.reference_ladder != options.reference_ladder else None
+
+
+def _pictures_of(side: int) -> Callable[[_Changed], _Changed | None]:
+    def lower(state: _Changed) -> _Changed | None:
+        options, without = state
+        given = options.ladder or options.max_reference_tokens or options.max_noisy_tokens
+        if options.preset or given or options.limits.noisy <= side * side // _TOKEN_PIXELS:
+            return None
+        return replace(options, resolution=(side, side)), without
+
+    return lower
+
+
+def _fewer_rungs(state: _Changed) -> _Changed | None:
+    options, without = state
+    if options.ladder or len(options.reference_ladder.rungs) <= 4:
+        return None
+    return replace(options, rungs=4), without
+
+
+# In the order of what they cost: nothing but time, then how much is served.
+_CHANGES: tuple[tuple[str, str | None, Callable[[_Changed], _Changed | None]], ...] = (
+    ("leave out --separate-anchor: BACK is held once", "--separate-anchor", _unscored),
+    ("hold weights in 16 bit: --precision bf16 or fp16", "--precision", _half_size),
+    (
+        "move the text encoder off the device once the prompt is encoded "
+        "(pipe.text_encoder.to('cpu'), or encode prompts elsewhere)",
+        None,
+        _text_off,
+    ),
+    ("run one picture at a time: --max-batch 1", "--max-batch", _single),
+    ("serve one reference: --num-references 1", "--num-references", _fewer_references),
+    ("serve smaller pictures: --resolution 768x768", "--resolution", _pictures_of(768)),
+    ("serve smaller pictures: --resolution 512x512", "--resolution", _pictures_of(512)),
+    ("build fewer lengths: --rungs 4", "--rungs", _fewer_rungs),
+)
+
+
+def _changes(options: BuildOptions, config: Mapping[str, Any], device: Device) -> Iterator[Change]:
+    """The one change that is enough, if there is one; otherwise changes one after the other."""
+    start: _Changed = (options, frozenset())
+    before = _Figures.of(options, config).need().total
+
+    def needed(state: _Changed) -> int:
+        return _Figures.of(state[0], config, state[1]).need().total
+
+    steps = []
+    for action, option, change in _CHANGES:
+        state = change(start)
+        if state is not None and needed(state) < before:
+            steps.append((action, option, change))
+    alone = [
+        Change(action=action, option=option, needed_bytes=total, fits=True)
+        for action, option, change in steps
+        if (state := change(start)) and (total := needed(state)) <= usable_bytes(device)
+    ]
+    if alone:
+        yield from alone
+        return
+    state = start
+    for action, option, change in steps:
+        changed = change(state)
+        if changed is None or (total := needed(changed)) >= before:
+            continue
+        state, before = changed, total
+        fits = total <= usable_bytes(device)
+        yield Change(action=action, option=option, needed_bytes=total, fits=fits)
+        if fits:
+            return
+
+
+def _notes(options: BuildOptions, device: Device, figures: _Figures) -> Iterator[str]:
+    major, minor = device.compute_capability
+    if options.backend == "tensorrt-rtx" and device.compute_capability not in _RTX_CAPABILITIES:
+        known = ", ".join(f"{a}.{b}" for a, b in sorted(_RTX_CAPABILITIES))
+        yield (
+            f"TensorRT-RTX 1.7 builds for compute capability {known}; {device.title} has "
+            f"{major}.{minor}: use --backend tensorrt"
+        )
+    if options.precision == "bf16" and major < 8:
+        yield f"{device.title} has no bf16: use --precision fp16"
+    if options.backend == "tensorrt":
+        yield (
+            "activations and kernels are those of TensorRT-RTX; no plan of TensorRT has been "
+            "measured yet"
+        )
+    if options.backend == "onnxruntime":
+        yield "activations are those of ONNX Runtime's CPU provider; CUDA's was not measured"
+    if options.builds_plans:
+        yield (
+            "the builder's host memory is extrapolated from plans of up to 1.2 GB; a third of it "
+            "is mapped files"
+        )
+    if options.weights_stripped:
+        yield "stripped plans get their weights when they are loaded: less disk, as much memory"
+    if figures.companions:
+        yield (
+            "text encoder and VAE in 16 bit; one picture at a time in the VAE "
+            "(pipe.vae.enable_slicing() for a batch)"
+        )
+
+
+def _lines(plan: Estimate) -> Iterator[str]:
+    device, size = plan.device, format_bytes
+    yield (
+        f"{plan.model}, {plan.precision}, {plan.backend}: {plan.num_parameters / 1e9:.2f} G "
+        f"parameters, {plan.num_layers} layers, front depth {plan.front_depth}, scored layers "
+        f"{', '.join(map(str, plan.layers))}"
+    )
+    yield (
+        f"for {device.title}: {size(device.memory_bytes)} of memory as CUDA reports it, "
+        f"{size(usable_bytes(device))} counted on"
+    )
+    yield ""
+    yield (
+        f"activations at batch {plan.batch}, {plan.num_noisy} noisy and {plan.num_text} text "
+        "tokens, by reference tokens"
+    )
+    header = ["", "weights", "file", *map(str, plan.rungs)]
+    rows = [
+        [item.role, size(item.weights_bytes), size(item.file_bytes)]
+        + [size(value) for value in item.activation_bytes]
+        for item in plan.plans
+    ]
+    yield from _table([header, *rows])
+    yield ""
+    needs_device = plan.build_device_bytes
+    yield f"disk          {size(plan.disk_bytes)}; {size(plan.build_disk_bytes)} during a rebuild"
+    host = max(plan.build_graphs_bytes, plan.build_plans_bytes)
+    yield (
+        f"build memory  {size(host)} of the host, "
+        + (f"{size(needs_device)} of the device" if needs_device else "none of a device")
+    )
+    yield f"while an edit is made, of {size(usable_bytes(device))}:"
+    need = plan.need
+    yield f"  engines       {size(need.engines)}, resident"
+    for item in plan.companions:
+        yield f"  {item.name}: {size(item.weights_bytes)}, resident"
+    yield (
+        f"  at most one of: denoising {size(need.denoising)} (one arena for all plans), prompt "
+        f"{size(need.text)}, VAE {size(need.pictures)}"
+    )
+    yield f"  CUDA          {size(need.reserve)} (an allowance)"
+    yield f"  in all        {size(need.total)}"
+    yield ""
+    yield from _verdict(plan)
+    for note in plan.notes:
+        yield f"note: {note}"
+
+
+def _table(rows: list[list[str]]) -> Iterator[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        first, *others = (
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        yield "  " + "  ".join([first, *others])
+
+
+def _verdict(plan: Estimate) -> Iterator[str]:
+    spare = usable_bytes(plan.device) - plan.need.total
+    if plan.fits:
+        yield f"it fits, with {format_bytes(spare)} to spare"
+        return
+    yield f"it does not fit: {format_bytes(-spare)} too much"
+    changes = plan.changes
+    if not changes:
+        yield "no option makes it smaller"
+    elif all(change.fits for change in changes):
+        yield "enough is" if len(changes) == 1 else "enough is any one of"
+    elif changes[-1].fits:
+        yield "enough are all of"
+    else:
+        yield "not enough are even all of"
+    for change in changes:
+        yield f"  - {change.action} ({format_bytes(change.needed_bytes)} in all)"
+    if plan.fits_on:
+        yield f"as it is, it fits on: {', '.join(plan.fits_on)}"

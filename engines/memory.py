@@ -1,0 +1,105 @@
+"""Memory that activations of FRONT and BACK take, from lengths and configuration.
+
+TensorRT and TensorRT-RTX: the coefficients were read off TensorRT-RTX 1.7.1, which states the
+activation memory of every profile when it builds a plan (`docs/dry-run.md` has the figures and the
+errors). For `tensorrt` they are an assumption until a plan of it is measured. ONNX Runtime: off its
+CPU provider's memory while it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ditrim.engines.flops import CallSize
+from ditrim.engines.parameters import complete_config
+
+ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+# Hidden states of width d that are alive at the peak, for a token of (image, text).
+_DOUBLE_STREAM = (10.0, 11.0)
+_DOUBLE_STREAM_TWO_TIMES = (11.0, 11.0)  # references modulated at t = 0
+_SINGLE_STREAM = (17.0, 23.0)
+_ONNXRUNTIME = (15.5, 15.5)
+# Rows that the portable function scores at a time: `log_sum_exp.BLOCK_ROWS`, beside torch.
+_BLOCK_ROWS = 64
+# TensorRT-RTX states so much more for narrow models; in wide ones the rest hides it.
+_LIBRARY_BYTES = 16 << 20
+
+
+def activation_bytes(
+    config: Mapping[str, Any],
+    architecture: str,
+    layers: range,
+    size: CallSize,
+    *,
+    backend: str,
+    precision: str,
+    num_rows: int = 0,
+) -> int:
+    """Peak of what one call of a graph keeps besides weights, inputs and outputs.
+
+    Args:
+        config: of the diffusers transformer.
+        architecture: "qwen" or "flux".
+        layers: the graph's blocks.
+        size: of the call; `num_reference` is C, or K' where reduced.
+        backend: "onnxruntime", "tensorrt" or "tensorrt-rtx".
+        precision: "fp32", "fp16" or "bf16".
+        num_rows: noisy rows that are scored, 0 where the graph does not score.
+    """
+    config = complete_config(config, architecture)
+    heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
+    image, text = size.num_noisy + size.num_reference, size.num_text
+    keys, element = image + text, ELEMENT_BYTES[precision]
+    hidden = heads * head_dim * element  # of a token
+    rope = 4 * head_dim * keys  # cosines and sines of every token, float32
+    states = _states_of(config, architecture, layers, backend)
+    peak = states[0] * hidden * image + states[1] * hidden * text + rope
+    if backend == "onnxruntime":
+        # Its CPU provider has no fused attention: the logits of all heads, float32.
+        peak += 4 * heads * keys * keys
+    if num_rows:
+        peak += _scoring_bytes(heads, head_dim, size, num_rows, element, backend)
+    return round(size.batch * peak) + (backend != "onnxruntime") * _LIBRARY_BYTES
+
+
+def _states_of(
+    config: Mapping[str, Any], architecture: str, layers: range, backend: str
+) -> tuple[float, float]:
+    if backend == "onnxruntime":
+        return _ONNXRUNTIME
+    if architecture == "flux" and len(layers) and layers[-1] >= config["num_layers"]:
+        return _SINGLE_STREAM
+    return _DOUBLE_STREAM_TWO_TIMES if config.get("zero_cond_t") else _DOUBLE_STREAM
+
+
+def _scoring_bytes(
+    heads: int, head_dim: int, size: CallSize, rows: int, element: int, backend: str
+) -> int:
+    """What the two calls of `LogSumExp` in a layer add for a picture."""
+    references = size.num_reference
+    keys = size.num_noisy + references + size.num_text
+    gathered = heads * rows * head_dim * element
+    if backend == "tensorrt-rtx":
+        # All rows at once (`tensorrt_graph`): both calls' logits, in the model's precision.
+        return gathered + heads * rows * (keys + references) * element
+    if backend == "onnxruntime":
+        # Transposed keys, and a block of rows as logits and as their exponentials.
+        block = 2 * 4 * heads * min(rows, _BLOCK_ROWS) * keys
+        return 2 * gathered + heads * keys * head_dim * element + block
+    return gathered + 4 * heads * (keys + rows + references)  # the plugin keeps no logits
+
+
+def seam_bytes(
+    config: Mapping[str, Any], architecture: str, size: CallSize, *, precision: str
+) -> int:
+    """FRONT's outputs, the references gathered from them, RoPE tables and latents of a call."""
+    config = complete_config(config, architecture)
+    head_dim = config["attention_head_dim"]
+    width, element = config["num_attention_heads"] * head_dim, ELEMENT_BYTES[precision]
+    image = size.num_noisy + size.num_reference
+    states = (image + size.num_reference + size.num_text + 2) * width
+    latents = (image + size.num_noisy) * config["in_channels"]
+    latents += size.num_text * config["joint_attention_dim"]
+    rope = 4 * head_dim * (image + size.num_reference + size.num_text)
+    return size.batch * ((states + latents) * element + rope)

@@ -1,0 +1,541 @@
+"""The TensorRT and TensorRT-RTX backends: plans on an NVIDIA GPU, by address.
+
+Replaces: a context that changes its shapes, a buffer set for each context, and copies to and from
+them. Contexts are keyed by shape and never change it; they share one activation arena, so runs of
+all sessions take turns: a lock orders them on the host, an event on the device. Inputs and outputs
+are the caller's own tensors. `context_cache.py` decides, `cuda_device.py` touches CUDA.
+
+**Not run on a GPU yet.** Limits: one request at a time makes progress on the device, however many
+sessions share the engines. Trade-off: one arena in place of one for every context, which at 20 G
+parameters would not fit.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ditrim.engines.context_cache import (
+    GRAPH_MODES,
+    Action,
+    Addresses,
+    ArenaSize,
+    BoundedCache,
+    ContextKey,
+    GraphBook,
+    GraphMode,
+    ReplayVerdict,
+    axes_of,
+    check_outputs,
+    choose_profile,
+    specialisation,
+)
+from ditrim.engines.cuda_device import CaptureError, CudaHardware, Hardware
+from ditrim.engines.engine_set import EngineSet
+from ditrim.engines.manifest import PlanSpec, TensorSpec
+from ditrim.engines.profiles import shape_of
+from ditrim.engines.tensorrt_library import Library, check_target, log_captured, open_library
+from ditrim.plugins.errors import BackendError, EngineSetError, UsageError
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {
+    "float32": (torch.float32, "FLOAT"),
+    "float16": (torch.float16, "HALF"),
+    "bfloat16": (torch.bfloat16, "BF16"),
+    "int64": (torch.int64, "INT64"),
+}
+_PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_SEVERE = ("INTERNAL_ERROR", "ERROR", "WARNING")
+_SHOWN_LINES = 4
+_MOST_PENDING = 32
+
+
+@dataclass(slots=True)
+class _Plan:
+    """A loaded plan: the library's engine and what ditrim knows of it."""
+
+    role: str
+    spec: PlanSpec
+    engine: Any
+    runtime_config: Any
+    verdicts: dict[int, ReplayVerdict] = field(default_factory=dict)
+    unfit_for_graphs: str | None = None
+
+
+@dataclass(slots=True)
+class _Context:
+    """An execution context, made for one set of shapes.
+
+    Attributes:
+        native: the library's.
+        num_bytes: of activations that it needs.
+        book: its graphs.
+        generation: of the arena that it was told; -1 before the first.
+        addresses: of the tensors that it was told.
+        last_use: event after its last run.
+        runs: how often it ran.
+    """
+
+    native: Any
+    num_bytes: int
+    book: GraphBook[Any]
+    generation: int = -1
+    addresses: Addresses = ()
+    last_use: Any = None
+    runs: int = 0
+
+
+class TensorRTEngines:
+    """The plans of an engine set, ready to run (see `Engines`)."""
+
+    def __init__(
+        self,
+        engine_set: EngineSet,
+        device: str = "auto",
+        max_contexts: int = 16,
+        cuda_graphs: GraphMode = "auto",
+        *,
+        library: Library | None = None,
+        hardware: Hardware | None = None,
+    ) -> None:
+        """Load every plan once.
+
+        Args:
+            engine_set: built for "tensorrt" or "tensorrt-rtx".
+            device: "auto" (the first GPU), "cuda" or "cuda:N".
+            max_contexts: execution contexts kept, the most recently used; at least 2.
+            cuda_graphs: "auto" measures whether replaying pays, "on" always replays, "off" never.
+            library, hardware: in place of the installed library and of a GPU, to test.
+
+        Raises:
+            EngineSetError: the plans were built for another library, driver or GPU, or are damaged.
+            BackendError: the library or a GPU is missing, or memory ran out.
+        """
+        manifest = engine_set.manifest
+        if cuda_graphs not in GRAPH_MODES:
+            raise UsageError(f"cuda_graphs is {cuda_graphs!r}; allowed: {', '.join(GRAPH_MODES)}")
+        if isinstance(max_contexts, bool) or not isinstance(max_contexts, int) or max_contexts < 2:
+            raise UsageError(
+                f"max_contexts is {max_contexts!r}; it must be a whole number, 2 or more (FRONT "
+                "and BACK)"
+            )
+        ordinal = _ordinal_of(device, manifest.backend)
+        if library is None:
+            check_target(manifest, ordinal=ordinal, folder=engine_set.folder)
+            library = open_library(manifest.backend)
+        self.engine_set = engine_set
+        self.dtype = _PRECISIONS[manifest.precision]
+        self._library = library
+        self._hardware: Hardware = hardware if hardware is not None else CudaHardware(ordinal)
+        self.device = self._hardware.device
+        self._mode = cuda_graphs
+        self._strategy, why = specialisation(manifest.ladder, cuda_graphs)
+        self._lock = threading.Lock()
+        self._contexts: BoundedCache[ContextKey, _Context] = BoundedCache(max_contexts)
+        self._arena = ArenaSize()
+        self._buffer: torch.Tensor | None = None
+        self._last_use: Any = None
+        self._pending: deque[tuple[ReplayVerdict, Action, Any, Any]] = deque(maxlen=_MOST_PENDING)
+        self._counts = {"contexts": 0, "evicted": 0, "enqueue": 0, "capture": 0, "replay": 0}
+        with self._hardware.session_stream():
+            self._runtime = library.module.Runtime(library.logger)
+            self._plans = {role: self._load(role, spec) for role, spec in manifest.plans.items()}
+        self.choice = (
+            f"{self._hardware.name}, {library.backend} {library.version}; CUDA graphs: "
+            + ({"auto": "where they measure faster", "on": "always", "off": "never"}[cuda_graphs])
+        )
+        if library.is_rtx:
+            self.choice += f"; {self._strategy} kernels: {why}"
+
+    def run(
+        self, role: str, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]
+    ) -> None:
+        """See `Engines.run`. Queues the work and returns; the caller's stream waits for it."""
+        plan = self._plan_of(role)
+        tensors = {spec.name: inputs.get(spec.name) for spec in plan.spec.inputs}
+        tensors |= {spec.name: outputs.get(spec.name) for spec in plan.spec.outputs}
+        given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
+        axes = axes_of(plan.spec, shapes, role)
+        check_outputs(plan.spec, shapes, axes, role)
+        for spec in (*plan.spec.inputs, *plan.spec.outputs):
+            self._check_tensor(spec, given[spec.name], role)
+        key = ContextKey(
+            role=plan.role,
+            profile=choose_profile(plan.spec, axes, role, self.engine_set.rebuild_command),
+            shapes=tuple(shapes[spec.name] for spec in plan.spec.inputs),
+        )
+        held = self._aligned(plan.spec, given, role)
+        addresses = tuple(tensor.data_ptr() for tensor in held)
+        with self._hardware.session_stream() as stream, self._lock:
+            self._run_in_turn(plan, key, tuple(given), addresses, stream)
+
+    def synchronize(self) -> None:
+        """See `Engines.synchronize`: waits for what the calling thread queued."""
+        self._hardware.synchronize()
+
+    def stats(self) -> dict[str, Any]:
+        """Counts of contexts and runs, arena bytes, and what the trials of CUDA graphs came to."""
+        with self._lock:
+            self._settle()
+            verdicts = {
+                f"{role} profile {index}": verdict.as_dict()
+                for role, plan in self._plans.items()
+                for index, verdict in sorted(plan.verdicts.items())
+            }
+            return {
+                **self._counts,
+                "live_contexts": len(self._contexts),
+                "arena_bytes": self._arena.num_bytes,
+                "arena_growths": self._arena.generation,
+                "cuda_graphs": verdicts,
+            }
+
+    def _plan_of(self, role: str) -> _Plan:
+        """Anchor steps run on the plan of their own where there is one."""
+        return self._plans[role] if role in self._plans else self._plans["back"]
+
+    def _check_tensor(self, spec: TensorSpec, tensor: torch.Tensor, role: str) -> None:
+        dtype = _DTYPES[spec.dtype][0]
+        if tensor.dtype != dtype or tensor.device != self.device or not tensor.is_contiguous():
+            raise UsageError(
+                f"{role}: {spec.name} is {tensor.dtype} on {tensor.device} with strides "
+                f"{tensor.stride()}; the plan takes contiguous {dtype} on {self.device}"
+            )
+
+    def _aligned(
+        self, spec: PlanSpec, given: Mapping[str, torch.Tensor], role: str
+    ) -> list[torch.Tensor]:
+        """The tensors, with copies of inputs that begin where no plan reads.
+
+        Such is a part of a larger tensor, as the references behind the noisy latents. The caller's
+        stream copies, and reuses the memory in order, so that the copies need no other owner.
+        """
+        held = []
+        outputs = {tensor.name for tensor in spec.outputs}
+        for name, tensor in given.items():
+            if tensor.data_ptr() % self._hardware.alignment:
+                if name in outputs:
+                    raise UsageError(
+                        f"{role}: the output {name} does not begin at a multiple of "
+                        f"{self._hardware.alignment} bytes; give a tensor of its own"
+                    )
+                tensor = tensor.clone()
+            held.append(tensor)
+        return held
+
+    # Running: everything below here holds the lock.
+
+    def _run_in_turn(
+        self,
+        plan: _Plan,
+        key: ContextKey,
+        names: tuple[str, ...],
+        addresses: Addresses,
+        stream: Any,
+    ) -> None:
+        hardware = self._hardware
+        self._settle()
+        if self._last_use is not None:
+            hardware.wait(stream, self._last_use)  # the arena is another run's until then
+        context = self._contexts.get(key)
+        if context is None:
+            context = self._make_context(plan, key, stream)
+        self._fit_arena(context, key)
+        if context.addresses != addresses:
+            for name, address in zip(names, addresses, strict=True):
+                if not context.native.set_tensor_address(name, address):
+                    raise BackendError(f"{key.role}: the plan refuses an address for {name}")
+            context.addresses = addresses
+        action = context.book.next_action(addresses)
+        if action == "capture":
+            action = self._capture(context, addresses, stream)
+        verdict = context.book.verdict
+        is_timed = verdict.outcome == "undecided" and context.runs > 0
+        start = hardware.mark(stream) if is_timed else None
+        try:
+            if action == "enqueue":
+                self._enqueue(context, key, stream)
+            else:
+                hardware.replay(context.book.graph(addresses), stream)
+        finally:
+            self._last_use = context.last_use = hardware.mark(stream)
+        # A graph's first replay also uploads it.
+        if is_timed and action != "capture":
+            self._pending.append((verdict, action, start, self._last_use))
+        context.runs += 1
+        self._counts[action] += 1
+
+    def _enqueue(self, context: _Context, key: ContextKey, stream: Any) -> None:
+        with log_captured() as lines:
+            is_queued = context.native.execute_async_v3(self._hardware.handle(stream))
+        if not is_queued:
+            raise BackendError(
+                f"{self._library.backend} could not run the {key.role} plan at "
+                f"{_shapes_text(key)}{_said(lines)}"
+            )
+
+    def _capture(self, context: _Context, addresses: Addresses, stream: Any) -> Action:
+        """Capture and keep a graph, or say why there will be none."""
+        handle, verdict = self._hardware.handle(stream), context.book.verdict
+        can_tell = hasattr(context.native, "is_stream_capturable")
+        if can_tell and not context.native.is_stream_capturable(handle):
+            verdict.refuse(f"{self._library.backend} cannot be captured in this context")
+            return "enqueue"
+        start = time.perf_counter()
+        try:
+            with log_captured() as lines:
+                graph = self._hardware.capture(
+                    stream, lambda: bool(context.native.execute_async_v3(handle))
+                )
+        except CaptureError as error:
+            verdict.refuse(f"{error}{_said(lines)}")
+            logger.info("CUDA graphs: %s", verdict.reason)
+            return "enqueue"
+        context.book.keep(addresses, graph, (time.perf_counter() - start) * 1e3)
+        return "capture"
+
+    def _settle(self) -> None:
+        """Take the times of trial runs that are done, without waiting for any."""
+        while self._pending:
+            verdict, action, start, end = self._pending[0]
+            milliseconds = self._hardware.elapsed_ms(start, end)
+            if milliseconds is None:
+                return
+            self._pending.popleft()
+            before = verdict.outcome
+            verdict.record(action, milliseconds)
+            if before != verdict.outcome:
+                logger.info("CUDA graphs: %s", verdict.as_dict())
+
+    def _make_context(self, plan: _Plan, key: ContextKey, stream: Any) -> _Context:
+        for old in self._contexts.make_room():
+            if old.last_use is not None:
+                self._hardware.finish(old.last_use)  # a context may not go while it runs
+            self._counts["evicted"] += 1
+        with log_captured() as lines:
+            native = self._native_context(plan)
+            problem = "a context could not be made"
+            if native is not None:
+                problem = self._fix_shapes(plan, key, native, self._hardware.handle(stream))
+        if problem:
+            raise BackendError(
+                f"{self._library.backend}: {problem} for the {key.role} plan at "
+                f"{_shapes_text(key)}{_said(lines)}. If memory ran out: lower max_contexts (now "
+                f"{self._contexts.most}), the resolution or the batch, or move the text encoder "
+                "and VAE off the GPU while the engines run"
+            )
+        verdict = plan.verdicts.get(key.profile)
+        if verdict is None:
+            verdict = ReplayVerdict(mode=self._mode, reason=plan.unfit_for_graphs)
+            plan.verdicts[key.profile] = verdict
+        context = _Context(
+            native=native,
+            num_bytes=int(native.update_device_memory_size_for_shapes()),
+            book=GraphBook(verdict),
+        )
+        self._contexts.put(key, context)
+        self._counts["contexts"] += 1
+        return context
+
+    def _native_context(self, plan: _Plan) -> Any:
+        if plan.runtime_config is not None:
+            return plan.engine.create_execution_context(plan.runtime_config)
+        strategy = self._library.module.ExecutionContextAllocationStrategy.USER_MANAGED
+        return plan.engine.create_execution_context(strategy)
+
+    def _fix_shapes(self, plan: _Plan, key: ContextKey, native: Any, handle: int) -> str:
+        """Choose the profile and set the shapes, once and for all; returns what went wrong."""
+        if not native.set_optimization_profile_async(key.profile, handle):
+            return f"profile {key.profile} was refused"
+        for spec, shape in zip(plan.spec.inputs, key.shapes, strict=True):
+            if not native.set_input_shape(spec.name, shape):
+                return f"the shape of {spec.name} was refused"
+        try:
+            unknown = native.infer_shapes()
+        except RuntimeError as error:
+            return f"shapes do not fit together ({error})"
+        return f"shapes of {', '.join(unknown)} stay unknown" if unknown else ""
+
+    def _fit_arena(self, context: _Context, key: ContextKey) -> None:
+        """Give a context the arena, after making it as large as the context needs."""
+        if self._arena.needs_growth(context.num_bytes):
+            if self._last_use is not None:
+                self._hardware.finish(self._last_use)
+            for other in self._contexts:
+                other.book.clear()
+            size = self._arena.next_size(context.num_bytes)
+            # The old buffer goes first: both at once may not fit.
+            self._buffer = None
+            self._arena.replaced(0)
+            try:
+                self._buffer = self._hardware.allocate(size)
+            except BackendError as error:
+                raise BackendError(
+                    f"no memory for the activations of the {key.role} plan at "
+                    f"{_shapes_text(key)}: {error}. Lower the resolution, the number of "
+                    "references or the batch, or move the text encoder and VAE off the GPU while "
+                    "the engines run"
+                ) from error
+            self._arena.replaced(size)
+        if context.generation != self._arena.generation:
+            assert self._buffer is not None
+            context.native.set_device_memory(self._buffer.data_ptr(), self._arena.num_bytes)
+            context.generation = self._arena.generation
+
+    # Loading.
+
+    def _load(self, role: str, spec: PlanSpec) -> _Plan:
+        path = self.engine_set.folder / spec.file
+        engine = self._deserialize(role, path)
+        _check_plan(self._library.module, engine, role, spec, self.engine_set)
+        if self.engine_set.manifest.target.get("weights") == "stripped":
+            from ditrim.engines.refit import refit
+
+            graph = path.with_suffix(".onnx")
+            if role == "anchor" and not graph.exists():
+                graph = graph.with_name("back.onnx")  # the same weights
+            refit(self._library, engine, graph, self.engine_set)
+        plan = _Plan(
+            role=role, spec=spec, engine=engine, runtime_config=self._runtime_config(engine)
+        )
+        if _has_streamed_weights(engine):
+            plan.unfit_for_graphs = "its weights are streamed"
+        elif self._library.is_rtx and self._strategy == "lazy":
+            plan.unfit_for_graphs = "kernels are exchanged while it runs"
+        return plan
+
+    def _deserialize(self, role: str, path: Path) -> Any:
+        """A plan's engine; the file is mapped, so that its weights are not held on the host."""
+        with _mapped(path, self.engine_set) as view, log_captured() as lines:
+            reasons = _invalidity(self._library.module, self._runtime, view)
+            engine = None if reasons else self._runtime.deserialize_cuda_engine(view)
+        if engine is None:
+            why = f": {', '.join(reasons)}" if reasons else ""
+            raise EngineSetError(
+                f"{self._library.backend} {self._library.version} refuses the {role} plan {path} "
+                f"on {self._hardware.name}{why}{_said(lines)}. It is damaged, too large for the "
+                "memory that is free, or from another version, driver or GPU. Build it again with: "
+                f"{self.engine_set.rebuild_command()} --force"
+            )
+        return engine
+
+    def _runtime_config(self, engine: Any) -> Any:
+        """TensorRT-RTX only: how its contexts compile kernels, which they keep together."""
+        if not self._library.is_rtx:
+            return None
+        module = self._library.module
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(
+            module.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
+        strategies = module.DynamicShapesKernelSpecializationStrategy
+        config.dynamic_shapes_kernel_specialization_strategy = (
+            strategies.EAGER if self._strategy == "eager" else strategies.LAZY
+        )
+        config.set_runtime_cache(config.create_runtime_cache())
+        return config
+
+
+def _ordinal_of(device: str, backend: str) -> int:
+    if device == "auto":
+        return 0
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"device {device!r} is not one of auto, cuda, cuda:N") from error
+    if chosen.type != "cuda":
+        raise UsageError(
+            f"device {device!r} was asked for, and a set of {backend} runs on NVIDIA GPUs only; "
+            "choose auto, cuda or cuda:N, or build a set with --backend onnxruntime for a CPU"
+        )
+    return chosen.index or 0
+
+
+@contextmanager
+def _mapped(path: Path, engine_set: EngineSet) -> Iterator[mmap.mmap]:
+    if not path.is_file() or path.stat().st_size == 0:
+        raise EngineSetError(
+            f"engine set {engine_set.folder}: the plan {path.name} is missing or empty. Build it "
+            f"again with: {engine_set.rebuild_command()} --force"
+        )
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
+        yield view
+
+
+def _invalidity(module: Any, runtime: Any, view: mmap.mmap) -> list[str]:
+    """Why this library says that a plan cannot run here (TensorRT-RTX only)."""
+    if not hasattr(runtime, "get_engine_validity"):
+        return []
+    validity, diagnostics = runtime.get_engine_validity(view)
+    if validity != module.EngineValidity.INVALID:
+        return []
+    flags = module.EngineInvalidityDiagnostics.__members__.items()
+    found = [name.lower().replace("_", " ") for name, flag in flags if diagnostics & int(flag)]
+    return found or ["no reason given"]
+
+
+def _check_plan(module: Any, engine: Any, role: str, spec: PlanSpec, engine_set: EngineSet) -> None:
+    """Compare a plan with the manifest: what follows goes by address and is not checked again."""
+    again = f"Build it again with: {engine_set.rebuild_command()} --force"
+    where = f"the {role} plan {spec.file}"
+    names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
+    expected = {tensor.name for tensor in (*spec.inputs, *spec.outputs)}
+    if names != expected:
+        raise EngineSetError(
+            f"{where} has the tensors {', '.join(sorted(names))}; the manifest says "
+            f"{', '.join(sorted(expected))}. {again}"
+        )
+    modes = module.TensorIOMode
+    for tensors, mode in ((spec.inputs, modes.INPUT), (spec.outputs, modes.OUTPUT)):
+        for tensor in tensors:
+            dtype = getattr(module.DataType, _DTYPES[tensor.dtype][1])
+            found = engine.get_tensor_dtype(tensor.name)
+            if engine.get_tensor_mode(tensor.name) != mode or found != dtype:
+                raise EngineSetError(
+                    f"{where}: the tensor {tensor.name} is of {found}, the manifest says "
+                    f"{tensor.dtype}, or it is no {mode.name.lower()}. {again}"
+                )
+    if engine.num_optimization_profiles != len(spec.profiles):
+        raise EngineSetError(
+            f"{where} has {engine.num_optimization_profiles} profiles, the manifest says "
+            f"{len(spec.profiles)}. {again}"
+        )
+    for index, profile in enumerate(spec.profiles):
+        for tensor in spec.inputs:
+            shapes = engine.get_tensor_profile_shape(tensor.name, index)
+            least, _, most = (tuple(int(size) for size in shape) for shape in shapes)
+            if (least, most) != (
+                shape_of(tensor, profile, "least"),
+                shape_of(tensor, profile, "most"),
+            ):
+                raise EngineSetError(
+                    f"{where}: profile {index} takes {tensor.name} from {least} to {most}, which "
+                    f"is not what the manifest says. {again}"
+                )
+
+
+def _has_streamed_weights(engine: Any) -> bool:
+    total = int(engine.streamable_weights_size)
+    return total > 0 and int(engine.weight_streaming_budget_v2) < total
+
+
+def _said(lines: list[tuple[str, str]]) -> str:
+    """What the library logged of a failure, as the end of a sentence."""
+    severe = [message.strip() for severity, message in lines if severity in _SEVERE]
+    return f" ({'; '.join(severe[-_SHOWN_LINES:])})" if severe else ""
+
+
+def _shapes_text(key: ContextKey) -> str:
+    return ", ".join("x".join(map(str, shape)) for shape in key.shapes)

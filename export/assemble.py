@@ -1,0 +1,411 @@
+"""Graphs of FRONT and BACK at full size, without loading the weights.
+
+Replaces: tracing every block of a transformer whose weights are in memory. Each kind of block is
+traced once, as an ONNX function that takes its weights as inputs; a layer is a call of it with that
+layer's tensors, which lie in the checkpoint's own files. The graph around the blocks is traced by
+`trace_graph`'s means with one node in the place of each block, so names, axes and dtypes are those
+of `export_graph`.
+
+Limits: what runs the graph has to inline functions (ONNX Runtime and TensorRT's parser do).
+Trade-off: a linear layer's weight keeps the checkpoint's layout (out, in) and is transposed in the
+graph, and one that is stored in another dtype is cast there; both are constant, and folded when the
+graph is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from ditrim.export.attention import JointContext
+from ditrim.export.checkpoint import empty_transformer
+from ditrim.export.family import Family
+from ditrim.export.graph import (
+    back_input_names,
+    back_output_names,
+    example_inputs,
+    finish_graph,
+    front_input_names,
+    front_output_names,
+    graph_arguments,
+    trace_module,
+)
+from ditrim.export.linked_graph import WeightLinker, check_linked, count_nodes, write_linked
+from ditrim.export.split import BackGraph, FrontGraph, SplitPoint, processors_installed
+from ditrim.export.weights import (
+    WeightIndex,
+    check_weights,
+    index_placeholder,
+    index_weights,
+    num_bytes_to_copy,
+)
+from ditrim.plugins.log_sum_exp import DOMAIN, OP_VERSION
+
+__all__ = [
+    "WeightIndex",
+    "assemble_graph",
+    "check_linked",
+    "count_nodes",
+    "index_placeholder",
+    "index_weights",
+    "num_bytes_to_copy",
+    "write_linked",
+]
+
+_ELEMENTS = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.bfloat16: ir.DataType.BFLOAT16,
+}
+_LAYER = "layer"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Kind:
+    """What makes two blocks the same function.
+
+    Attributes:
+        block: the class's name.
+        is_scored: gives an influence.
+        has_text_output: false for the last block of BACK, whose text nobody reads.
+    """
+
+    block: str
+    is_scored: bool
+    has_text_output: bool
+
+    @property
+    def op_type(self) -> str:
+        """What the function is called."""
+        return self.block + "Scored" * self.is_scored + "Last" * (not self.has_text_output)
+
+
+class _CallNode(nn.Module):
+    """Stands in for a block while the graph around it is traced: emits one node."""
+
+    def __init__(self, kind: _Kind, layer: int) -> None:
+        super().__init__()
+        self.kind, self.layer = kind, layer
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: JointContext,
+        encoder_hidden_states_mask: None = None,
+        modulate_index: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        context, hidden, text = image_rotary_emb, hidden_states, encoder_hidden_states
+        inputs = [hidden, text, temb, context.rope_cos, context.rope_sin]
+        if modulate_index is not None:
+            inputs.append(modulate_index)
+        dtypes, shapes = [hidden.dtype], [hidden.shape]
+        if self.kind.has_text_output:
+            dtypes.append(text.dtype)
+            shapes.append(text.shape)
+        if self.kind.is_scored:
+            assert context.score_rows is not None
+            # A function has no integer inputs that are lengths: a tensor of that length says it.
+            inputs += [torch.arange(context.num_noisy), context.score_rows]
+            dtypes.append(torch.float32)
+            shapes.append(torch.Size((hidden.shape[0], hidden.shape[1] - context.num_noisy)))
+        outputs = list(
+            torch.onnx.ops.symbolic_multi_out(
+                f"{DOMAIN}::{self.kind.op_type}",
+                inputs,
+                attrs={_LAYER: self.layer},
+                dtypes=dtypes,
+                shapes=shapes,
+                version=OP_VERSION,
+            )
+        )
+        if self.kind.is_scored:
+            context.influences.append(outputs.pop())
+        return (outputs[1] if self.kind.has_text_output else text), outputs[0]
+
+
+class _LiftedGraph(nn.Module):
+    """A graph that takes its weights as an argument, so that none need be in memory."""
+
+    def __init__(self, graph: nn.Module) -> None:
+        super().__init__()
+        self._graph = (graph,)  # in a tuple: its parameters are not this module's
+
+    def forward(
+        self, inputs: dict[str, Tensor | None], weights: dict[str, Tensor]
+    ) -> tuple[Tensor, ...]:
+        return torch.func.functional_call(self._graph[0], weights, kwargs=inputs)
+
+
+class _LiftedBlock(nn.Module):
+    """A block that takes its weights as an argument."""
+
+    def __init__(self, block: nn.Module, kind: _Kind) -> None:
+        super().__init__()
+        self._block, self.kind = (block,), kind
+
+    def forward(
+        self,
+        hidden: Tensor,
+        text: Tensor,
+        temb: Tensor,
+        rope_cos: Tensor,
+        rope_sin: Tensor,
+        is_reference: Tensor | None,
+        noisy_positions: Tensor | None,
+        score_rows: Tensor | None,
+        weights: dict[str, Tensor],
+    ) -> tuple[Tensor, ...]:
+        context = JointContext(
+            rope_cos=rope_cos,
+            rope_sin=rope_sin,
+            num_text=text.shape[1],
+            num_noisy=0 if noisy_positions is None else noisy_positions.shape[0],
+            score_rows=score_rows,
+            as_onnx_node=True,
+        )
+        arguments: dict[str, Any] = {
+            "hidden_states": hidden,
+            "encoder_hidden_states": text,
+            "temb": temb,
+            "image_rotary_emb": context,
+        }
+        if self.kind.block.startswith("Qwen"):
+            arguments |= {"encoder_hidden_states_mask": None, "modulate_index": is_reference}
+        text, hidden = torch.func.functional_call(self._block[0], weights, kwargs=arguments)
+        return (hidden, *[text] * self.kind.has_text_output, *context.influences)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _TracedKind:
+    """A kind of block.
+
+    Attributes:
+        function: its ONNX function; shared by the graphs of a process, so never changed.
+        weights: names of its weights in the block, in the order of the function's last inputs.
+    """
+
+    function: onnx.FunctionProto
+    weights: tuple[str, ...]
+
+
+# FRONT, BACK and a BACK without scoring share kinds of blocks, and tracing one takes seconds.
+_TRACED: dict[tuple[Any, ...], _TracedKind] = {}
+_TRACED_LIMIT = 16
+
+
+def assemble_graph(
+    family: Family,
+    config: Mapping[str, Any],
+    point: SplitPoint,
+    role: str,
+    *,
+    dtype: torch.dtype,
+    weights: WeightIndex,
+    scored: bool = True,
+) -> ir.Model:
+    """FRONT or BACK of a checkpoint, its initializers pointing into the checkpoint's files.
+
+    Args:
+        family: what model.
+        config: the checkpoint's config.json.
+        point: where to cut and which layers score.
+        role: "front" or "back".
+        dtype: of latents, embeddings and computation; RoPE tables and timesteps stay float32.
+            Weights that are stored in another dtype are cast in the graph.
+        weights: where the weights lie.
+        scored: false leaves `score_rows` and `influence` out of BACK.
+
+    Returns:
+        a model for `write_linked`, with the inputs and outputs of `export_graph`.
+
+    Raises:
+        CheckpointError: the weights are not those of the configuration; names the tensor.
+    """
+    transformer: Any = empty_transformer(family, config, "config.json")
+    check_weights(weights, transformer)
+    nn.Module.to(transformer, dtype)
+    layers = point.representative_layers if scored and role == "back" else ()
+    with processors_installed(transformer, dict.fromkeys(layers, "score")):
+        graph: FrontGraph | BackGraph
+        if role == "front":
+            graph = FrontGraph(transformer, point, as_onnx_node=True).eval()
+            names, output_names = front_input_names(graph), front_output_names(graph)
+            first = 0
+        else:
+            graph = BackGraph(transformer, point, as_onnx_node=True).eval()
+            names = back_input_names(graph, scored=scored)
+            output_names, first = back_output_names(scored=scored), point.front_depth
+        blocks = {first + i: block for i, block in enumerate(graph.blocks)}
+        kinds = {
+            layer: _Kind(
+                block=type(block).__name__,
+                is_scored=layer in layers,
+                has_text_output=role == "front" or layer != point.num_layers - 1,
+            )
+            for layer, block in blocks.items()
+        }
+        inputs = example_inputs(transformer, dtype)
+        model_key = (type(transformer).__name__, repr(sorted(transformer.config.items())), dtype)
+        traced: dict[_Kind, _TracedKind] = {}
+        for layer, kind in kinds.items():
+            if kind not in traced:
+                key, is_paired = (*model_key, kind), graph.has_reference_temb
+                traced[kind] = _traced_once(key, blocks[layer], kind, inputs, is_paired)
+        graph.blocks = nn.ModuleList(_CallNode(kind, layer) for layer, kind in kinds.items())
+        model = _trace_around(graph, inputs, names, output_names)
+    linker = WeightLinker(model.graph, weights, _ELEMENTS[dtype])
+    for value in [value for value in model.graph.inputs[len(names) :] if value.uses()]:
+        ir.convenience.replace_all_uses_with(value, linker.weight(str(value.name)))
+    del model.graph.inputs[len(names) :]
+    paths = {id(module): path for path, module in transformer.named_modules()}
+    _fill_calls(
+        model.graph,
+        linker,
+        {layer: (paths[id(block)], traced[kinds[layer]]) for layer, block in blocks.items()},
+    )
+    linker.place_casts()
+    for traced_kind in traced.values():
+        function = ir.serde.deserialize_function(traced_kind.function)
+        model.functions[function.identifier()] = function
+    finish_graph(model, len(names))
+    return model
+
+
+def _traced_once(
+    key: tuple[Any, ...],
+    block: nn.Module,
+    kind: _Kind,
+    inputs: Mapping[str, Tensor],
+    is_paired: bool,
+) -> _TracedKind:
+    """`_trace_block`, or what it returned when this process called it with this key before."""
+    if key not in _TRACED:
+        while len(_TRACED) >= _TRACED_LIMIT:
+            del _TRACED[next(iter(_TRACED))]
+        _TRACED[key] = _trace_block(block, kind, inputs, is_paired)
+    return _TRACED[key]
+
+
+def _untouched(module: nn.Module) -> dict[str, Tensor]:
+    """A module's parameters by name, in memory that is never written and so never taken."""
+    return {
+        name: torch.empty(value.shape, dtype=value.dtype)
+        for name, value in module.named_parameters()
+    }
+
+
+def _trace_around(
+    graph: FrontGraph | BackGraph,
+    inputs: Mapping[str, Tensor],
+    names: list[str],
+    output_names: list[str],
+) -> ir.Model:
+    """Trace a graph whose blocks are `_CallNode`s; its weights become inputs after the others."""
+    import inspect
+
+    parameters = list(inspect.signature(graph.forward).parameters)
+    arguments, dynamic = graph_arguments(parameters, inputs, names)
+    weights = _untouched(graph)
+    return trace_module(
+        _LiftedGraph(graph),
+        {"inputs": arguments, "weights": weights},
+        {"inputs": dynamic, "weights": dict.fromkeys(weights)},
+        [*names, *weights],
+        output_names,
+    )
+
+
+def _trace_block(
+    block: nn.Module, kind: _Kind, inputs: Mapping[str, Tensor], is_paired: bool
+) -> _TracedKind:
+    """Trace one block as a function of its tensors and its weights.
+
+    Args:
+        block: with this package's attention processor.
+        kind: what it is.
+        inputs: example tensors of the graphs.
+        is_paired: whether time embeddings come as (B, 2, d), see `modulate_pair`.
+    """
+    noisy, reference, text = inputs["noisy"], inputs["reference"], inputs["text"]
+    hidden = torch.cat([noisy, reference], dim=1)
+    length, temb = hidden.shape[1] + text.shape[1], inputs["temb"]
+    half = inputs["noisy_rope_cos"].shape[1]
+    tensors: dict[str, Tensor | None] = {
+        "hidden": hidden,
+        "text": text,
+        "temb": torch.stack([temb, temb], dim=1) if is_paired else temb,
+        "rope_cos": torch.zeros(hidden.shape[0], length, half),
+        "rope_sin": torch.zeros(hidden.shape[0], length, half),
+        "is_reference": torch.zeros(hidden.shape[1], 1, dtype=torch.bool) if is_paired else None,
+        "noisy_positions": torch.arange(noisy.shape[1]) if kind.is_scored else None,
+        "score_rows": inputs["score_rows"] if kind.is_scored else None,
+    }
+    free = torch.export.Dim.DYNAMIC
+    sequences = {"hidden", "text", "rope_cos", "rope_sin"}
+    dynamic = {
+        name: None if value is None else {0: free, 1: free} if name in sequences else {0: free}
+        for name, value in tensors.items()
+    }
+    names = [name for name, value in tensors.items() if value is not None]
+    weights = _untouched(block)
+    outputs = ["hidden_out", *["text_out"] * kind.has_text_output, *["influence"] * kind.is_scored]
+    model = trace_module(
+        _LiftedBlock(block, kind),
+        {**tensors, "weights": weights},
+        {**dynamic, "weights": dict.fromkeys(weights)},
+        [*names, *weights],
+        outputs,
+    )
+    used = [value for value in model.graph.inputs[len(names) :] if value.uses()]
+    model.graph.inputs[len(names) :] = used
+    _inline_constants(model.graph)
+    function = ir.Function(DOMAIN, kind.op_type, graph=model.graph, attributes=[])
+    return _TracedKind(
+        function=ir.serde.serialize_function(function),
+        weights=tuple(str(value.name) for value in used),
+    )
+
+
+def _inline_constants(graph: ir.Graph) -> None:
+    """Turn initializers into `Constant` nodes, since a function has none; forget the shapes."""
+    nodes = []
+    for value in list(graph.initializers.values()):
+        node = ir.node("Constant", [], {"value": value.const_value})
+        node.outputs[0].name = value.name
+        ir.convenience.replace_all_uses_with(value, node.outputs[0])
+        nodes.append(node)
+    graph.initializers.clear()
+    if nodes:
+        graph.insert_before(graph[0], nodes)
+    for node in graph:
+        for value in node.outputs:
+            value.shape = value.type = None
+
+
+def _fill_calls(
+    graph: ir.Graph, linker: WeightLinker, layers: Mapping[int, tuple[str, _TracedKind]]
+) -> None:
+    """Give the nodes of `_CallNode`s their weights.
+
+    Args:
+        layers: by layer, the path of its block in the transformer and its kind.
+    """
+    for node in list(graph):
+        if _LAYER not in node.attributes or node.domain != DOMAIN:
+            continue
+        path, kind = layers[node.attributes[_LAYER].as_int()]
+        inputs = [linker.weight(f"{path}.{name}") for name in kind.weights]
+        call = ir.Node(
+            DOMAIN, node.op_type, [*node.inputs, *inputs], num_outputs=len(node.outputs), name=path
+        )
+        ir.convenience.replace_nodes_and_values(
+            graph, node, [node], [call], node.outputs, call.outputs
+        )
