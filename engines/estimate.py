@@ -7,19 +7,20 @@ compared with, and how far off it was: `docs/dry-run.md`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from ditrim.engines.advice import Change, changes
 from ditrim.engines.companions import COMPANIONS, Companion
 from ditrim.engines.devices import DEVICES, Device, device_named, present_device
+from ditrim.engines.estimate_text import lines_of
 from ditrim.engines.flops import CallSize
 from ditrim.engines.memory import ELEMENT_BYTES, activation_bytes, seam_bytes
 from ditrim.engines.options import PLAN_BACKENDS, BuildOptions
 from ditrim.engines.parameters import complete_config, count_parameters
 from ditrim.engines.profiles import is_scored, plan_roles
 from ditrim.engines.source import Source, choose_split, find_source
-from ditrim.engines.staging import format_bytes
 
 # A plan's kernels, for each profile: of all that is not a block, of a double- and a single-stream
 # block. Read off TensorRT-RTX 1.7.1; the width does not matter.
@@ -30,11 +31,11 @@ _SCORING_BYTES = 1_200_000  # and of a layer that scores
 # An ONNX graph without weights, for each block.
 _GRAPH_BLOCK_BYTES = 20_000
 # Host memory of a process that has imported torch and diffusers, and of a builder with nothing yet.
-_TORCH_BYTES = 900_000_000
-_BUILDER_BYTES = 290_000_000
+_TORCH_BYTES = 700_000_000
+_BUILDER_BYTES = 560_000_000
 # How often the builder holds the weights of a plan: once as mapped files, which the system can drop
 # where memory is short, and about twice of its own. Read off TensorRT-RTX 1.7.1 up to 1.2 GB.
-_BUILDER_COPIES = 3.1
+_BUILDER_COPIES = 3.0
 # CUDA's context, libraries and caches. An allowance, not measured.
 _RESERVE_BYTES = 1 << 30
 # A set fits if it leaves the rest free, for what is not counted: workspaces of convolutions,
@@ -90,23 +91,6 @@ class Need:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
-    """Something to do where a set does not fit.
-
-    Attributes:
-        action: in words.
-        option: of `build-engine`, none where it is done in the pipeline.
-        needed_bytes: with it and all changes before it in the list.
-        fits: whether that is enough.
-    """
-
-    action: str
-    option: str | None
-    needed_bytes: int
-    fits: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
     """What `build-engine --dry-run` says.
 
@@ -114,6 +98,7 @@ class Estimate:
         command: that the estimate is of.
         model, backend, precision: of the set.
         device: that it is for.
+        usable_bytes: of its memory that are counted on.
         rungs: reference lengths.
         batch, num_noisy, num_text: the limits that activations are for.
         front_depth, num_layers, layers: K, the number of blocks, and those that score.
@@ -137,6 +122,7 @@ class Estimate:
     backend: str
     precision: str
     device: Device
+    usable_bytes: int
     rungs: tuple[int, ...]
     batch: int
     num_noisy: int
@@ -177,7 +163,7 @@ class Estimate:
 
     def lines(self) -> list[str]:
         """All of it for a person."""
-        return list(_lines(self))
+        return list(lines_of(self))
 
 
 def _companion_dict(item: Companion) -> dict[str, Any]:
@@ -223,6 +209,7 @@ def estimate(
         backend=options.backend,
         precision=options.precision,
         device=device,
+        usable_bytes=usable_bytes(device),
         rungs=options.reference_ladder.rungs,
         batch=options.limits.batch,
         num_noisy=options.limits.noisy,
@@ -240,10 +227,22 @@ def estimate(
         companions=figures.companions,
         need=need,
         fits=fits,
-        changes=() if fits else tuple(_changes(options, config, device)),
+        changes=()
+        if fits
+        else tuple(
+            changes(
+                options,
+                usable_bytes(device),
+                lambda other, without: _Figures.of(other, config, without).need().total,
+            )
+        ),
         fits_on=()
         if fits
-        else tuple(item.name for item in DEVICES.values() if need.total <= usable_bytes(item)),
+        else tuple(
+            item.name
+            for item in DEVICES.values()
+            if need.total <= usable_bytes(item) and _is_known(options.backend, item)
+        ),
         notes=tuple(_notes(options, device, figures)),
     )
 
@@ -358,8 +357,10 @@ class _Figures:
 
     def build_graphs_bytes(self) -> int:
         """Host memory while the graphs are written."""
-        weights = self.num_parameters * ELEMENT_BYTES[self.options.precision]
-        return _TORCH_BYTES + (0 if self._is_linked() else weights)
+        # Random weights are drawn in float32.
+        is_random = self.options.weights == "random"
+        element = 4 if is_random else ELEMENT_BYTES[self.options.precision]
+        return _TORCH_BYTES + (0 if self._is_linked() else self.num_parameters * element)
 
     def build_plans_bytes(self) -> int:
         """Host memory of the process that builds the largest plan."""
@@ -420,121 +421,21 @@ def _plan(
                 backend=options.backend,
                 precision=options.precision,
                 num_rows=options.limits.noisy * scores,
+                num_scored=num_scored,
             )
             for rung in ladder.rungs
         ),
     )
 
 
-_Changed = tuple[BuildOptions, frozenset[str]]
-
-
-def _text_off(state: _Changed) -> _Changed | None:
-    options, without = state
-    parts = {"text_encoder", "text_encoder_2"}
-    return None if parts <= without or options.preset else (options, without | parts)
-
-
-def _unscored(state: _Changed) -> _Changed | None:
-    options, without = state
-    return (replace(options, separate_anchor=False), without) if options.separate_anchor else None
-
-
-def _single(state: _Changed) -> _Changed | None:
-    options, without = state
-    if options.limits.batch == 1:
-        return None
-    return replace(options, max_batch=1, min_batch=None, opt_batch=None), without
-
-
-def _half_size(state: _Changed) -> _Changed | None:
-    options, without = state
-    if options.precision != "fp32":
-        return None
-    precision = "bf16" if options.backend in PLAN_BACKENDS else "fp16"
-    return replace(options, precision=precision), without
-
-
-def _fewer_references(state: _Changed) -> _Changed | None:
-    options, without = state
-    if options.preset or options.ladder or options.max_reference_tokens:
-        return None
-    one = replace(options, num_references=1)
-    return (one, without) if one.reference_ladder != options.reference_ladder else None
-
-
-def _pictures_of(side: int) -> Callable[[_Changed], _Changed | None]:
-    def lower(state: _Changed) -> _Changed | None:
-        options, without = state
-        given = options.ladder or options.max_reference_tokens or options.max_noisy_tokens
-        if options.preset or given or options.limits.noisy <= side * side // _TOKEN_PIXELS:
-            return None
-        return replace(options, resolution=(side, side)), without
-
-    return lower
-
-
-def _fewer_rungs(state: _Changed) -> _Changed | None:
-    options, without = state
-    if options.ladder or len(options.reference_ladder.rungs) <= 4:
-        return None
-    return replace(options, rungs=4), without
-
-
-# In the order of what they cost: nothing but time, then how much is served.
-_CHANGES: tuple[tuple[str, str | None, Callable[[_Changed], _Changed | None]], ...] = (
-    ("leave out --separate-anchor: BACK is held once", "--separate-anchor", _unscored),
-    ("hold weights in 16 bit: --precision bf16 or fp16", "--precision", _half_size),
-    (
-        "move the text encoder off the device once the prompt is encoded "
-        "(pipe.text_encoder.to('cpu'), or encode prompts elsewhere)",
-        None,
-        _text_off,
-    ),
-    ("run one picture at a time: --max-batch 1", "--max-batch", _single),
-    ("serve one reference: --num-references 1", "--num-references", _fewer_references),
-    ("serve smaller pictures: --resolution 768x768", "--resolution", _pictures_of(768)),
-    ("serve smaller pictures: --resolution 512x512", "--resolution", _pictures_of(512)),
-    ("build fewer lengths: --rungs 4", "--rungs", _fewer_rungs),
-)
-
-
-def _changes(options: BuildOptions, config: Mapping[str, Any], device: Device) -> Iterator[Change]:
-    """The one change that is enough, if there is one; otherwise changes one after the other."""
-    start: _Changed = (options, frozenset())
-    before = _Figures.of(options, config).need().total
-
-    def needed(state: _Changed) -> int:
-        return _Figures.of(state[0], config, state[1]).need().total
-
-    steps = []
-    for action, option, change in _CHANGES:
-        state = change(start)
-        if state is not None and needed(state) < before:
-            steps.append((action, option, change))
-    alone = [
-        Change(action=action, option=option, needed_bytes=total, fits=True)
-        for action, option, change in steps
-        if (state := change(start)) and (total := needed(state)) <= usable_bytes(device)
-    ]
-    if alone:
-        yield from alone
-        return
-    state = start
-    for action, option, change in steps:
-        changed = change(state)
-        if changed is None or (total := needed(changed)) >= before:
-            continue
-        state, before = changed, total
-        fits = total <= usable_bytes(device)
-        yield Change(action=action, option=option, needed_bytes=total, fits=fits)
-        if fits:
-            return
+def _is_known(backend: str, device: Device) -> bool:
+    """Whether a backend builds for a device at all."""
+    return backend != "tensorrt-rtx" or device.compute_capability in _RTX_CAPABILITIES
 
 
 def _notes(options: BuildOptions, device: Device, figures: _Figures) -> Iterator[str]:
     major, minor = device.compute_capability
-    if options.backend == "tensorrt-rtx" and device.compute_capability not in _RTX_CAPABILITIES:
+    if not _is_known(options.backend, device):
         known = ", ".join(f"{a}.{b}" for a, b in sorted(_RTX_CAPABILITIES))
         yield (
             f"TensorRT-RTX 1.7 builds for compute capability {known}; {device.title} has "
@@ -561,82 +462,3 @@ def _notes(options: BuildOptions, device: Device, figures: _Figures) -> Iterator
             "text encoder and VAE in 16 bit; one picture at a time in the VAE "
             "(pipe.vae.enable_slicing() for a batch)"
         )
-
-
-def _lines(plan: Estimate) -> Iterator[str]:
-    device, size = plan.device, format_bytes
-    yield (
-        f"{plan.model}, {plan.precision}, {plan.backend}: {plan.num_parameters / 1e9:.2f} G "
-        f"parameters, {plan.num_layers} layers, front depth {plan.front_depth}, scored layers "
-        f"{', '.join(map(str, plan.layers))}"
-    )
-    yield (
-        f"for {device.title}: {size(device.memory_bytes)} of memory as CUDA reports it, "
-        f"{size(usable_bytes(device))} counted on"
-    )
-    yield ""
-    yield (
-        f"activations at batch {plan.batch}, {plan.num_noisy} noisy and {plan.num_text} text "
-        "tokens, by reference tokens"
-    )
-    header = ["", "weights", "file", *map(str, plan.rungs)]
-    rows = [
-        [item.role, size(item.weights_bytes), size(item.file_bytes)]
-        + [size(value) for value in item.activation_bytes]
-        for item in plan.plans
-    ]
-    yield from _table([header, *rows])
-    yield ""
-    needs_device = plan.build_device_bytes
-    yield f"disk          {size(plan.disk_bytes)}; {size(plan.build_disk_bytes)} during a rebuild"
-    host = max(plan.build_graphs_bytes, plan.build_plans_bytes)
-    yield (
-        f"build memory  {size(host)} of the host, "
-        + (f"{size(needs_device)} of the device" if needs_device else "none of a device")
-    )
-    yield f"while an edit is made, of {size(usable_bytes(device))}:"
-    need = plan.need
-    yield f"  engines       {size(need.engines)}, resident"
-    for item in plan.companions:
-        yield f"  {item.name}: {size(item.weights_bytes)}, resident"
-    yield (
-        f"  at most one of: denoising {size(need.denoising)} (one arena for all plans), prompt "
-        f"{size(need.text)}, VAE {size(need.pictures)}"
-    )
-    yield f"  CUDA          {size(need.reserve)} (an allowance)"
-    yield f"  in all        {size(need.total)}"
-    yield ""
-    yield from _verdict(plan)
-    for note in plan.notes:
-        yield f"note: {note}"
-
-
-def _table(rows: list[list[str]]) -> Iterator[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        first, *others = (
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        yield "  " + "  ".join([first, *others])
-
-
-def _verdict(plan: Estimate) -> Iterator[str]:
-    spare = usable_bytes(plan.device) - plan.need.total
-    if plan.fits:
-        yield f"it fits, with {format_bytes(spare)} to spare"
-        return
-    yield f"it does not fit: {format_bytes(-spare)} too much"
-    changes = plan.changes
-    if not changes:
-        yield "no option makes it smaller"
-    elif all(change.fits for change in changes):
-        yield "enough is" if len(changes) == 1 else "enough is any one of"
-    elif changes[-1].fits:
-        yield "enough are all of"
-    else:
-        yield "not enough are even all of"
-    for change in changes:
-        yield f"  - {change.action} ({format_bytes(change.needed_bytes)} in all)"
-    if plan.fits_on:
-        yield f"as it is, it fits on: {', '.join(plan.fits_on)}"

@@ -35,6 +35,7 @@ def activation_bytes(
     backend: str,
     precision: str,
     num_rows: int = 0,
+    num_scored: int = 1,
 ) -> int:
     """Peak of what one call of a graph keeps besides weights, inputs and outputs.
 
@@ -46,6 +47,7 @@ def activation_bytes(
         backend: "onnxruntime", "tensorrt" or "tensorrt-rtx".
         precision: "fp32", "fp16" or "bf16".
         num_rows: noisy rows that are scored, 0 where the graph does not score.
+        num_scored: layers that score them.
     """
     config = complete_config(config, architecture)
     heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
@@ -59,7 +61,10 @@ def activation_bytes(
         # Its CPU provider has no fused attention: the logits of all heads, float32.
         peak += 4 * heads * keys * keys
     if num_rows:
-        peak += _scoring_bytes(heads, head_dim, size, num_rows, element, backend)
+        scoring = _scoring_bytes(heads, head_dim, size, num_rows, element, backend)
+        peak += num_scored * scoring
+        if backend == "tensorrt-rtx":  # and the references' logits, of up to two layers
+            peak += min(num_scored, 2) * heads * num_rows * size.num_reference * element
     return round(size.batch * peak) + (backend != "onnxruntime") * _LIBRARY_BYTES
 
 
@@ -76,13 +81,16 @@ def _states_of(
 def _scoring_bytes(
     heads: int, head_dim: int, size: CallSize, rows: int, element: int, backend: str
 ) -> int:
-    """What the two calls of `LogSumExp` in a layer add for a picture."""
+    """What `LogSumExp` adds for a picture and a layer that scores.
+
+    TensorRT-RTX schedules the scoring of several layers so that their logits are alive together;
+    the others are assumed to do the same with what they keep.
+    """
     references = size.num_reference
     keys = size.num_noisy + references + size.num_text
     gathered = heads * rows * head_dim * element
-    if backend == "tensorrt-rtx":
-        # All rows at once (`tensorrt_graph`): both calls' logits, in the model's precision.
-        return gathered + heads * rows * (keys + references) * element
+    if backend == "tensorrt-rtx":  # all rows at once (`tensorrt_graph`), in the model's precision
+        return gathered + heads * rows * keys * element
     if backend == "onnxruntime":
         # Transposed keys, and a block of rows as logits and as their exponentials.
         block = 2 * 4 * heads * min(rows, _BLOCK_ROWS) * keys

@@ -50,7 +50,6 @@ class OnnxRuntimeEngines:
         options.log_severity_level = 3
         # Two sessions run in turn on the same cores: idle threads that spin would slow the other.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.add_session_config_entry("session.set_denormal_as_zero", "1")
         provider: tuple[str, dict[str, Any]] = ("CPUExecutionProvider", {})
         if self.device.type == "cuda":
             provider = ("CUDAExecutionProvider", {"device_id": self.device.index or 0})

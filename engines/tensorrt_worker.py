@@ -16,7 +16,6 @@ import ctypes
 import json
 import os
 import re
-import resource
 import signal
 import sys
 import time
@@ -221,6 +220,12 @@ def _make_config(library: Library, job: Mapping[str, Any], monitor: Any) -> Any:
     return finished
 
 
+def _peak_bytes() -> int:
+    """Most memory that this process held; `ru_maxrss` would start from the parent's."""
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
 def _build(job: Mapping[str, Any], library: Library, line: _Line) -> dict[str, Any]:
     from polygraphy.backend.trt import EngineBytesFromNetwork, NetworkFromOnnxPath
     from polygraphy.backend.trt import util as trt_util
@@ -257,7 +262,7 @@ def _build(job: Mapping[str, Any], library: Library, line: _Line) -> dict[str, A
         "num_bytes": plan.nbytes,
         "activation_bytes": [int(item) for item in _ACTIVATIONS.findall(text)],
         "weights_bytes": int(weights[-1]) if weights else None,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": _peak_bytes(),
         "num_attentions": num_attentions,
         "seconds": time.monotonic() - start,
     }

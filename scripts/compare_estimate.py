@@ -73,6 +73,14 @@ CASES: dict[str, dict[str, Any]] = {
         "num_layers": 3,
         "config": _WIDE,
     },
+    "rtx-qwen-1024-two-scored": {
+        **_RTX,
+        **_SHORT,
+        "num_layers": 4,
+        "layers": (2, 3),
+        "config": _NARROW,
+        "ladder": (512, 1024),
+    },
     "rtx-flux-1024": {
         **_RTX,
         **_SHORT,

@@ -374,7 +374,6 @@ def _session(model: str | bytes) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
-    options.add_session_config_entry("session.set_denormal_as_zero", "1")
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 

@@ -137,6 +137,28 @@ def test_activations_at_real_width_are_as_tensorrt_rtx_stated(case: Any) -> None
     assert 0.99 * stated < estimated < 1.08 * stated
 
 
+@pytest.mark.parametrize(
+    ("model", "layers", "num_scored", "stated"),
+    [("qwen-edit", (1, 5), 3, 5_718_214_656), ("flux-kontext", (19, 21), 2, 5_859_098_624)],
+)
+def test_logits_of_all_scored_layers_are_kept_by_tensorrt_rtx(
+    model: str, layers: tuple[int, int], num_scored: int, stated: int
+) -> None:
+    """4096 noisy rows scored against 4096 references and 512 text tokens, d = 3072, bf16."""
+    family = FAMILIES[model]
+    estimated = activation_bytes(
+        family.config,
+        family.architecture,
+        range(*layers),
+        CallSize(num_noisy=4096, num_reference=4096, num_text=512),
+        backend="tensorrt-rtx",
+        precision="bf16",
+        num_rows=4096,
+        num_scored=num_scored,
+    )
+    assert stated < estimated < 1.3 * stated
+
+
 # Peaks of ONNX Runtime 1.31.1's CPU provider, d = 1024, 8 heads, float32, two blocks.
 MEASURED_ON_CPU = [
     ("qwen-edit", 1024, 128, 128, 1, 0, 136_790_016),
@@ -345,6 +367,7 @@ def test_notes_name_what_cannot_run_or_was_not_measured() -> None:
         "H100 SXM5 80 GB has 9.0: use --backend tensorrt"
     )
     assert not any("capability" in n for n in plan_of("rtx4090", backend="tensorrt-rtx").notes)
+    assert set(plan_of("rtx5090", backend="tensorrt-rtx", max_batch=1).fits_on) == {"a100-80"}
     assert any("no plan of TensorRT" in n for n in plan_of(backend="tensorrt").notes)
     assert any("CPU provider" in n for n in plan_of().notes)
 

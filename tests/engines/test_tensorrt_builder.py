@@ -285,8 +285,14 @@ def test_graph_that_cannot_be_parsed_is_a_clear_error(
         build(request)
 
 
-def children_of(pid: int) -> list[int]:
-    return [int(item) for item in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def workers_of(pid: int) -> list[int]:
+    """Building processes that a process started; it may have other children."""
+    children = [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [
+        child
+        for child in children
+        if b"tensorrt_worker" in Path(f"/proc/{child}/cmdline").read_bytes()
+    ]
 
 
 @needs_rtx
@@ -299,7 +305,7 @@ def test_interrupt_inside_the_builder_stops_it_at_once(
         def stage(self, name: str) -> None:
             super().stage(name)
             if len(self.stages) == 3:  # parsed, and inside the builder
-                (self.worker,) = children_of(os.getpid())
+                (self.worker,) = workers_of(os.getpid())
                 self.start = time.monotonic()
                 raise KeyboardInterrupt
 
@@ -342,7 +348,7 @@ def test_builder_that_dies_is_an_error_and_not_the_end_of_the_process(
         def stage(self, name: str) -> None:
             super().stage(name)
             if len(self.stages) == 3:
-                os.kill(children_of(os.getpid())[0], number)
+                os.kill(workers_of(os.getpid())[0], number)
 
     with pytest.raises(BackendError, match=message) as raised:
         build_plan(request_plan(), Killing())
@@ -371,7 +377,7 @@ def test_builder_dies_with_the_process_that_waits_for_it(
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "Build back plan: Parse\n"
-        (worker,) = children_of(process.pid)
+        (worker,) = workers_of(process.pid)
         process.kill()
     deadline = time.monotonic() + 5
     while Path(f"/proc/{worker}").exists() and time.monotonic() < deadline:

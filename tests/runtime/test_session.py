@@ -135,3 +135,14 @@ def test_a_second_run_ends_the_first_and_observers_cannot_change_a_run(
         step.latents.zero_()
     with pytest.raises(UsageError, match="ended by another denoise"):
         next(first)
+
+
+def test_loading_and_running_leave_denormal_numbers_of_the_caller_alone(
+    tiny_engine_sets: Any,
+) -> None:
+    smallest = torch.tensor(1e-40)
+    assert float(smallest * 0.5) > 0, "this thread flushed denormal numbers before"
+    call = make_call("flux-kontext", **GRIDS)
+    session = ditrim.EditSession(tiny_engine_sets("flux-kontext"), device="cpu")
+    list(session.denoise(**arguments_of("flux-kontext", call, [1.0])))
+    assert float(smallest * 0.5) > 0
