@@ -8,8 +8,8 @@ of `export_graph`.
 
 Limits: what runs the graph has to inline functions (ONNX Runtime and TensorRT's parser do).
 Trade-off: a linear layer's weight keeps the checkpoint's layout (out, in) and is transposed in the
-graph, and one that is stored in another dtype is cast there; both are constant, and folded when the
-graph is loaded.
+graph, and one that is stored in another dtype is cast there; both are constants for the runtime to
+fold.
 """
 
 from __future__ import annotations
