@@ -16,7 +16,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from ditrim.plugins.log_sum_exp import DOMAIN, OP_NAME, OP_VERSION
-from ditrim.plugins.onnx_function import OPSET
+from ditrim.plugins.onnx_function import OPSET, log_sum_exp_nodes
 from ditrim.plugins.strip import scoring_graph_for_backend
 
 _LOWEST = -3.4028234663852886e38
@@ -40,18 +40,7 @@ def log_sum_exp_at_once() -> onnx.FunctionProto:
         helper.make_node("Constant", [], ["last_axis"], value_ints=[-1]),
         helper.make_node("Constant", [], ["lowest"], value=lowest),
         helper.make_node("Unsqueeze", ["bias", "axis_2"], ["bias_u"]),
-        helper.make_node("MatMul", ["scaled", "keys_t"], ["logits_t"]),
-        helper.make_node("Cast", ["logits_t"], ["logits_f"], to=TensorProto.FLOAT),
-        helper.make_node("Add", ["logits_f", "bias_u"], ["logits"]),
-        helper.make_node("ReduceMax", ["logits", "last_axis"], ["largest_raw"], keepdims=1),
-        # A row of -inf logits would give inf - inf; the lowest finite number gives log(0) instead.
-        helper.make_node("Max", ["largest_raw", "lowest"], ["largest"]),
-        helper.make_node("Sub", ["logits", "largest"], ["shifted"]),
-        helper.make_node("Exp", ["shifted"], ["weights"]),
-        helper.make_node("ReduceSum", ["weights", "last_axis"], ["total"], keepdims=1),
-        helper.make_node("Log", ["total"], ["log_total"]),
-        helper.make_node("Add", ["log_total", "largest"], ["result_u"]),
-        helper.make_node("Squeeze", ["result_u", "last_axis"], ["result"]),
+        *log_sum_exp_nodes("scaled", "result"),
     ]
     return helper.make_function(
         DOMAIN,

@@ -18,10 +18,13 @@ def _int_constant(name: str, *values: int) -> onnx.NodeProto:
     return helper.make_node("Constant", [], [name], value_ints=list(values))
 
 
-def _scan_body() -> onnx.GraphProto:
-    """One block of rows (B, H, block, D) -> (B, H, block) float32."""
-    nodes = [
-        helper.make_node("MatMul", ["rows", "keys_t"], ["logits_t"]),
+def log_sum_exp_nodes(rows: str, result: str) -> list[onnx.NodeProto]:
+    """Scaled rows (B, H, R, D) -> their log-sum-exp (B, H, R) in float32, over all keys.
+
+    Reads `keys_t` (B, H, D, N), `bias_u` (B, H, 1, N), `last_axis` and `lowest` (float32 scalar).
+    """
+    return [
+        helper.make_node("MatMul", [rows, "keys_t"], ["logits_t"]),
         helper.make_node("Cast", ["logits_t"], ["logits_f"], to=TensorProto.FLOAT),
         helper.make_node("Add", ["logits_f", "bias_u"], ["logits"]),
         helper.make_node("ReduceMax", ["logits", "last_axis"], ["largest_raw"], keepdims=1),
@@ -31,9 +34,14 @@ def _scan_body() -> onnx.GraphProto:
         helper.make_node("Exp", ["shifted"], ["weights"]),
         helper.make_node("ReduceSum", ["weights", "last_axis"], ["total"], keepdims=1),
         helper.make_node("Log", ["total"], ["log_total"]),
-        helper.make_node("Add", ["log_total", "largest"], ["block_u"]),
-        helper.make_node("Squeeze", ["block_u", "last_axis"], ["block_out"]),
+        helper.make_node("Add", ["log_total", "largest"], ["result_u"]),
+        helper.make_node("Squeeze", ["result_u", "last_axis"], [result]),
     ]
+
+
+def _scan_body() -> onnx.GraphProto:
+    """One block of rows (B, H, block, D) -> (B, H, block) float32."""
+    nodes = log_sum_exp_nodes("rows", "block_out")
     undefined = TensorProto.UNDEFINED
     rows = helper.make_value_info("rows", helper.make_tensor_type_proto(undefined, None))
     out = helper.make_tensor_value_info("block_out", TensorProto.FLOAT, None)
