@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -67,6 +68,11 @@ def _parser() -> CommandParser:
         "--front-depth", type=int, metavar="K", help="layers that always see the full context"
     )
     split.add_argument("--layers", metavar="L,L,...", help="layers whose attention is scored")
+    split.add_argument(
+        "--score-details",
+        action="store_true",
+        help="let BACK tell three scores of each of its layers, which ToPi's ablations read",
+    )
     engine = parser.add_argument_group("engine")
     engine.add_argument(
         "--backend",
@@ -76,7 +82,6 @@ def _parser() -> CommandParser:
     )
     engine.add_argument(
         "--precision",
-        default="",
         metavar="NAME",
         help="fp32, fp16 or bf16 (default: fp32 for onnxruntime, bf16 for the others)",
     )
@@ -150,9 +155,9 @@ def _parser() -> CommandParser:
     shape.add_argument(
         "--granularity",
         type=int,
-        default=1,
         metavar="N",
-        help="kept counts are rounded up to a multiple of it (default: 1)",
+        help="kept counts are rounded up to a multiple of it (default: 1; for plans a power of two "
+        "that leaves at most 64 counts)",
     )
     output = parser.add_argument_group("target")
     output.add_argument(
@@ -214,7 +219,10 @@ def _size(option: str, text: str | None) -> int | None:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
     if match is None or match[2] not in _UNITS:
         raise UsageError(f"{option}: {text!r} is not valid; give a size, as 8GiB or 500MB")
-    return round(float(match[1]) * _UNITS[match[2]])
+    number = float(match[1]) * _UNITS[match[2]]
+    if math.isinf(number):
+        raise UsageError(f"{option}: {text[:20]}... is more than any memory; give a size, as 8GiB")
+    return round(number)
 
 
 def _config(items: Sequence[str]) -> dict[str, Any]:
@@ -227,9 +235,9 @@ def _config(items: Sequence[str]) -> dict[str, Any]:
             raise UsageError(f"--config: {key} is given twice")
         try:
             config[key] = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UsageError(
-                f"--config {key}: {text!r} is not JSON; give a number, true, false, a list as "
+                f"--config {key}: {text[:80]!r} is not JSON; give a number, true, false, a list as "
                 '[4,6,6] or "text" in quotes'
             ) from None
     return config
@@ -249,6 +257,10 @@ def options_from(arguments: argparse.Namespace) -> BuildOptions:
     values["resolution"] = None
     if arguments.resolution is not None:
         values["resolution"] = tuple(_resolution(text) for text in arguments.resolution)
+    for name in ("precision", "revision"):
+        if values[name] is not None and not values[name].strip():
+            raise UsageError(f"--{name} is empty; give a name, or leave it out")
+    values["precision"] = arguments.precision or ""
     values["workspace"] = _size("--workspace", arguments.workspace)
     if arguments.compute_capability is not None:
         values["compute_capability"] = tuple(arguments.compute_capability.split(","))
@@ -294,8 +306,9 @@ def _build(arguments: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
     limits = manifest.limits
     terminal.say(
         f"  references up to {manifest.ladder.longest} tokens "
-        f"({', '.join(map(str, manifest.ladder.rungs))}), noisy {limits.noisy}, text "
-        f"{limits.text}, batch {limits.batch}"
+        f"({', '.join(map(str, manifest.ladder.rungs))}), kept counts in steps of "
+        f"{manifest.ladder.granularity}, noisy {limits.noisy}, text {limits.text}, batch "
+        f"{limits.batch}"
     )
     for role, plan in summary["plans"].items():
         built_for = ", ".join(manifest.target["compute_capabilities"])

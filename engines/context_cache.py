@@ -31,7 +31,7 @@ GRAPH_MODES = ("auto", "on", "off")
 # Memory is taken in steps of this size, so that near lengths do not grow the arena one by one.
 ARENA_STEP_BYTES = 2 << 20
 # More kept counts than this, and compiling kernels for each of them would not end (TensorRT-RTX).
-_MOST_SPECIALISED_LENGTHS = 64
+MOST_SPECIALISED_LENGTHS = 64
 _TRIALS = 5
 _LEAST_GAIN = 0.02
 _OPTIONS = {
@@ -197,11 +197,11 @@ def specialisation(ladder: Ladder, mode: GraphMode) -> tuple[Literal["eager", "l
         return "lazy", "CUDA graphs are off"
     if mode == "on":
         return "eager", "CUDA graphs were asked for"
-    if lengths <= _MOST_SPECIALISED_LENGTHS:
+    if lengths <= MOST_SPECIALISED_LENGTHS:
         return "eager", f"there are {lengths} kept counts at granularity {ladder.granularity}"
     return "lazy", (
         f"there are {lengths} kept counts at granularity {ladder.granularity}, too many to compile "
-        f"kernels for each ({_MOST_SPECIALISED_LENGTHS}), so nothing is captured"
+        f"kernels for each ({MOST_SPECIALISED_LENGTHS}), so nothing is captured"
     )
 
 

@@ -30,7 +30,14 @@ _INSTALL = {
 }
 _LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript", "onnx-ir")
 _SOURCE_PACKAGES = ("ditrim.export", "ditrim.plugins")
-_ENGINE_MODULES = ("build.py", "ladder.py", "manifest.py", "options.py")
+_ENGINE_MODULES = (
+    "build.py",
+    "graph_files.py",
+    "ladder.py",
+    "lengths.py",
+    "manifest.py",
+    "options.py",
+)
 _PLAN_MODULES = (
     "profiles.py",
     "tensorrt_builder.py",

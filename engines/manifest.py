@@ -105,6 +105,8 @@ class Manifest:
         num_layers: blocks in all (FLUX: double-stream, then single-stream).
         front_depth: K; blocks [0, K) are FRONT.
         representative_layers: L, the layers whose attention is scored.
+        detailed_layers: layers of BACK whose scores it tells one by one (`layer_scores`); none
+            unless the set was built for it. Older manifests lack it.
         layers_source: where L comes from.
         ladder: reference lengths.
         limits: of the other axes.
@@ -134,6 +136,7 @@ class Manifest:
     num_layers: int
     front_depth: int
     representative_layers: tuple[int, ...]
+    detailed_layers: tuple[int, ...] = ()
     layers_source: str
     ladder: Ladder
     limits: Limits
@@ -298,6 +301,9 @@ def _manifest_from(content: dict[str, Any]) -> Manifest:
             num_layers=reader.count("num_layers", 1),
             front_depth=reader.count("front_depth"),
             representative_layers=reader.items("representative_layers", _whole),
+            detailed_layers=reader.items("detailed_layers", _whole)
+            if reader.has("detailed_layers")
+            else (),
             layers_source=reader.take("layers_source", str),
             ladder=_ladder_from(reader.take("ladder", dict)),
             limits=_limits_from(reader.take("limits", dict)),
@@ -315,6 +321,13 @@ def _manifest_from(content: dict[str, Any]) -> Manifest:
     except LadderError as error:
         raise EngineSetError(f"{MANIFEST_NAME}: key 'ladder': {error}") from error
     reader.close()
+    told = [spec.shape for spec in manifest.graphs["back"].outputs if spec.name == "layer_scores"]
+    count = len(manifest.detailed_layers)
+    if told != ([("batch", count, 3, "reference")] if count else []):
+        raise EngineSetError(
+            f"{MANIFEST_NAME}: key 'detailed_layers' names {count} layers, which does not fit the "
+            "outputs of 'graphs.back'"
+        )
     return manifest
 
 

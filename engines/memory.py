@@ -22,6 +22,11 @@ _SINGLE_STREAM = (17.0, 23.0)
 _ONNXRUNTIME = (15.5, 15.5)
 # Rows that the portable function scores at a time: `log_sum_exp.BLOCK_ROWS`, beside torch.
 _BLOCK_ROWS = 64
+# The same of TensorRT-RTX, and how many blocks at most: those of `tensorrt_graph`, beside onnx.
+_RTX_BLOCK_ROWS, _RTX_MOST_BLOCKS = 512, 16
+# How much of a block's logits comes on top of what the graph takes anyway.
+_DOUBLE_STREAM_LOGITS = 1.0
+_SINGLE_STREAM_LOGITS = 0.5
 # TensorRT-RTX states so much more for narrow models; in wide ones the rest hides it.
 _LIBRARY_BYTES = 16 << 20
 
@@ -60,11 +65,15 @@ def activation_bytes(
     if backend == "onnxruntime":
         # Its CPU provider has no fused attention: the logits of all heads, float32.
         peak += 4 * heads * keys * keys
-    if num_rows:
-        scoring = _scoring_bytes(heads, head_dim, size, num_rows, element, backend)
-        peak += num_scored * scoring
-        if backend == "tensorrt-rtx":  # and the references' logits, of up to two layers
-            peak += min(num_scored, 2) * heads * num_rows * size.num_reference * element
+    if num_rows and backend == "tensorrt-rtx":
+        # A block of rows at a time and a layer after the other: only what a layer hands over
+        # comes on top for the others.
+        is_single = states == _SINGLE_STREAM
+        part = _SINGLE_STREAM_LOGITS if is_single else _DOUBLE_STREAM_LOGITS
+        peak += part * heads * _rtx_block_rows(num_rows) * keys * element
+        peak += hidden * keys if num_scored > 1 else 0
+    elif num_rows:
+        peak += num_scored * _scoring_bytes(heads, head_dim, size, num_rows, element, backend)
     return round(size.batch * peak) + (backend != "onnxruntime") * _LIBRARY_BYTES
 
 
@@ -78,19 +87,21 @@ def _states_of(
     return _DOUBLE_STREAM_TWO_TIMES if config.get("zero_cond_t") else _DOUBLE_STREAM
 
 
+def _rtx_block_rows(rows: int) -> int:
+    """The most rows that TensorRT-RTX scores at a time where up to so many are scored.
+
+    Between 513 and 4095 rows `tensorrt_graph.num_row_blocks` makes them smaller than this.
+    """
+    return min(rows, max(_RTX_BLOCK_ROWS, -(-rows // _RTX_MOST_BLOCKS)))
+
+
 def _scoring_bytes(
     heads: int, head_dim: int, size: CallSize, rows: int, element: int, backend: str
 ) -> int:
-    """What `LogSumExp` adds for a picture and a layer that scores.
-
-    TensorRT-RTX schedules the scoring of several layers so that their logits are alive together;
-    the others are assumed to do the same with what they keep.
-    """
+    """What `LogSumExp` adds for a picture and a layer, where all layers' may be alive together."""
     references = size.num_reference
     keys = size.num_noisy + references + size.num_text
     gathered = heads * rows * head_dim * element
-    if backend == "tensorrt-rtx":  # all rows at once (`tensorrt_graph`), in the model's precision
-        return gathered + heads * rows * keys * element
     if backend == "onnxruntime":
         # Transposed keys, and a block of rows as logits and as their exponentials.
         block = 2 * 4 * heads * min(rows, _BLOCK_ROWS) * keys

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ditrim.engines.ladder import Ladder
+from ditrim.engines.lengths import check_lengths, ladder_of, limits_of, ranges_of
 from ditrim.engines.manifest import PRECISIONS, Limits
-from ditrim.engines.profiles import AxisRange, ProfileSpec, Ranges, ladder_profiles, plan_roles
+from ditrim.engines.option_values import expect_count, expect_one_of, option_of
+from ditrim.engines.profiles import ProfileSpec, Ranges, ladder_profiles, plan_roles
 from ditrim.export.family import Family, family_named
-from ditrim.plugins.errors import LadderError, UsageError
+from ditrim.plugins.errors import UsageError
 
 BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 # These build plans; the other runs the graphs.
@@ -46,48 +48,40 @@ _ONLY_FOR = {
 }
 PRESETS = ("small",)
 VERIFY = ("sizes", "hashes")
-# Pixels a token spans: the VAE's factor 8 and patches of 2.
-_TOKEN_PIXELS = 16
-_DEFAULT_RESOLUTION = (1024, 1024)
-_DEFAULT_REFERENCES = {
-    "qwen-edit": 1,
-    "qwen-edit-plus": 2,
-    "qwen-edit-2511": 2,
-    "flux-kontext": 1,
-}
-_DEFAULT_TEXT_TOKENS = {"qwen": 1024, "flux": 512}
-_DEFAULT_BATCH = 4
-_DEFAULT_RUNGS = 8
-# The shipped editor: 12x12 tokens a picture, with one reference of 18x18 beside one of 12x12.
-_SMALL_LIMITS = Limits(batch=_DEFAULT_BATCH, noisy=144, text=64)
-_SMALL_REFERENCE = 324 + 144
-
-
-def _expect(option: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise UsageError(f"{option} is {value!r}; allowed: {', '.join(allowed)}")
-
-
-# Far beyond what a model is used with; what is larger is a slip of the finger.
+# Far beyond what a model is used with; what is larger is a slip of the finger. Those that are none
+# have their limit in `lengths.py`.
 _MOST = {
     "num_layers": 1000,
     "rungs": 1000,
     "granularity": 1 << 20,
-    "num_references": 1000,
-    "max_reference_tokens": 1 << 20,
-    "max_noisy_tokens": 1 << 20,
-    "max_text_tokens": 1 << 20,
+    "max_reference_tokens": None,
+    "max_noisy_tokens": None,
+    "max_text_tokens": None,
     "max_batch": 1 << 16,
+}
+_MOST_SEED = (1 << 63) - 1
+_MOST_WORKSPACE = 1 << 50
+# Keys of a configuration that hold whole numbers; the value is the largest.
+_MOST_CONFIG = {
+    "num_layers": _MOST["num_layers"],
+    "num_single_layers": _MOST["num_layers"],
+    "num_attention_heads": 1 << 12,
+    "attention_head_dim": 1 << 12,
+    "in_channels": 1 << 16,
+    "out_channels": 1 << 16,
+    "patch_size": 1 << 8,
+    "joint_attention_dim": 1 << 20,
+    "pooled_projection_dim": 1 << 20,
 }
 
 
-def _expect_count(option: str, value: Any, least: int = 1, most: int | None = None) -> None:
-    if value is None:
-        return
-    if most is not None and isinstance(value, int) and value > most:
-        raise UsageError(f"{option} is {value!r}; it must be at most {most}")
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UsageError(f"{option} is {value!r}; it must be a whole number, {least} or more")
+def _check_axes(value: Any) -> None:
+    is_list = isinstance(value, (list, tuple)) and len(value) > 0
+    if not is_list or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in value):
+        raise UsageError(
+            f"--config axes_dims_rope is {value!r}; it must be a list of whole numbers above 0 "
+            "that add up to attention_head_dim, as [16,56,56]"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,11 +98,13 @@ class BuildOptions:
         precision: "fp32", "fp16" or "bf16"; given as none it becomes the backend's default.
         front_depth: K.
         layers: L.
+        score_details: BACK tells three scores of every layer of its own, for ToPi's ablations.
         num_layers: depth of a trial with random weights.
         config: changes of the configuration, with random weights.
         ladder: reference lengths.
         rungs: how many even ones, where no ladder is given.
-        granularity: kept counts are rounded up to a multiple of it.
+        granularity: kept counts are rounded up to a multiple of it; none means 1 for graphs, and
+            for plans the smallest power of two that leaves at most 64 kept counts.
         resolution: (width, height) of the picture and of each reference, in pixels; or several of
             them, of which the largest sets the limits and each adds its lengths to the ladder.
         num_references: how many references.
@@ -137,11 +133,12 @@ class BuildOptions:
     precision: str = ""
     front_depth: int | None = None
     layers: tuple[int, ...] | None = None
+    score_details: bool = False
     num_layers: int | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     ladder: tuple[int, ...] | None = None
     rungs: int | None = None
-    granularity: int = 1
+    granularity: int | None = None
     resolution: tuple[int, int] | tuple[tuple[int, int], ...] | None = None
     num_references: int | None = None
     max_reference_tokens: int | None = None
@@ -168,47 +165,40 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         family_named(self.model)
-        _expect("--backend", self.backend, BACKENDS)
+        expect_one_of("--backend", self.backend, BACKENDS)
         if not self.precision:
             object.__setattr__(self, "precision", _DEFAULT_PRECISION[self.backend])
-        _expect("--precision", self.precision, PRECISIONS)
+        expect_one_of("--precision", self.precision, PRECISIONS)
         if self.precision == "bf16" and self.backend == "onnxruntime":
             raise UsageError(
                 "--precision bf16 is not available with --backend onnxruntime: its CPU provider "
                 "has no bf16 matrix product; use --precision fp32, or fp16 for the CUDA provider"
             )
-        _expect("--verify", self.verify, VERIFY)
-        for name in (
-            "num_layers",
-            "rungs",
-            "granularity",
-            "num_references",
-            "max_reference_tokens",
-            "max_noisy_tokens",
-            "max_text_tokens",
-            "max_batch",
-        ):
-            _expect_count(f"--{name.replace('_', '-')}", getattr(self, name), most=_MOST[name])
-        _expect_count("--front-depth", self.front_depth, least=0)
-        _expect_count("--seed", self.seed, least=0)
+        expect_one_of("--verify", self.verify, VERIFY)
+        for name, most in _MOST.items():
+            expect_count(option_of(name), getattr(self, name), most=most)
+        expect_count("--front-depth", self.front_depth, least=0)
+        expect_count("--seed", self.seed, least=0, most=_MOST_SEED)
         if self.layers is not None and not self.layers:
             raise UsageError(
                 "--layers is empty; name at least one layer of BACK, as --layers 35,37"
             )
         for layer in self.layers or ():
-            _expect_count("--layers", layer, least=0)
+            expect_count("--layers", layer, least=0)
         if self.output is not None and not self.output.strip():
             raise UsageError("--output is empty; give a folder")
+        if self.weights is not None and not self.weights.strip():
+            raise UsageError("--weights is empty; give a folder, a hub id or random")
         self._check_preset()
         self._check_source()
-        self._check_geometry()
+        check_lengths(self)
         self._check_plan_options()
         _ = self.limits, self.reference_ladder, self.ranges
 
     def _check_preset(self) -> None:
         if self.preset is None:
             return
-        _expect("--preset", self.preset, PRESETS)
+        expect_one_of("--preset", self.preset, PRESETS)
         if self.model != "qwen-edit":
             raise UsageError(
                 f"--preset {self.preset} is a qwen-edit model and cannot be combined with --model "
@@ -233,48 +223,24 @@ class BuildOptions:
         if self.revision is not None and (self.preset is not None or is_random):
             raise UsageError("--revision needs weights from the hub: --weights <hub id>")
         for key, value in self.config.items():
-            if isinstance(value, int) and not isinstance(value, bool):
-                _expect_count(f"--config {key}", value, least=0 if key.endswith("layers") else 1)
+            if key in _MOST_CONFIG and (value is not None or key != "out_channels"):
+                least = 0 if key.endswith("layers") else 1
+                given = "null" if value is None else value
+                expect_count(f"--config {key}", given, least, _MOST_CONFIG[key])
+            elif key == "axes_dims_rope":
+                _check_axes(value)
         depths = {"num_layers", "num_single_layers"} & set(self.config)
         if self.num_layers is not None and depths:
             raise UsageError(
                 f"--num-layers and --config {min(depths)}=... both set the depth; leave one out"
             )
         if self.num_layers is not None and self.family.architecture == "flux":
-            _expect_count("--num-layers", self.num_layers, least=2)
-
-    def _check_geometry(self) -> None:
-        if self.resolution is not None and not self.resolution:
-            raise UsageError("--resolution is empty; give WIDTHxHEIGHT, as 1024x768")
-        for width, height in self.resolutions:
-            for side, pixels in (("width", width), ("height", height)):
-                _expect_count(f"--resolution: the {side}", pixels)
-                if pixels % _TOKEN_PIXELS:
-                    near = max(1, round(pixels / _TOKEN_PIXELS)) * _TOKEN_PIXELS
-                    raise UsageError(
-                        f"--resolution {width}x{height}: the {side} {pixels} is not a multiple of "
-                        f"{_TOKEN_PIXELS} pixels, the side of a token; the nearest is {near}"
-                    )
-        if self.num_references is not None and self.num_references > self.family.max_references:
-            raise UsageError(
-                f"--num-references is {self.num_references}; {self.model} takes at most "
-                f"{self.family.max_references}"
-            )
-        if self.ladder is not None:
-            if self.rungs is not None:
-                raise UsageError("--ladder and --rungs both set the ladder; leave one out")
-            if not self.ladder:
-                raise UsageError("--ladder is empty; name lengths, as --ladder 512,1024,4096")
-            if self.max_reference_tokens not in (None, self.ladder[-1]):
-                raise UsageError(
-                    f"--ladder ends at {self.ladder[-1]}, but --max-reference-tokens is "
-                    f"{self.max_reference_tokens}; make them equal or leave one out"
-                )
+            expect_count("--num-layers", self.num_layers, least=2)
 
     def _check_plan_options(self) -> None:
         given = [name for name in _PLAN_OPTIONS if getattr(self, name) not in (None, False)]
         for name in given:
-            option = f"--{name.replace('_', '-')}"
+            option = option_of(name)
             if self.backend not in PLAN_BACKENDS:
                 raise UsageError(
                     f"{option} is for backends that build plans ({', '.join(PLAN_BACKENDS)}); "
@@ -293,17 +259,17 @@ class BuildOptions:
                 "--precision fp32 is not available with --backend tensorrt: the scoring kernel "
                 "takes bf16 or fp16; use one of them"
             )
-        _expect_count("--workspace", self.workspace)
+        expect_count("--workspace", self.workspace, most=_MOST_WORKSPACE)
         if self.workspace is not None and self.workspace < _LEAST_WORKSPACE:
             raise UsageError(
                 f"--workspace is {self.workspace} bytes; give {_LEAST_WORKSPACE} or more, with a "
                 "unit as in 8GiB"
             )
-        _expect_count("--optimization-level", self.optimization_level, 0, _MOST_OPTIMIZATION)
+        expect_count("--optimization-level", self.optimization_level, 0, _MOST_OPTIMIZATION)
         for name in ("min_batch", "opt_batch", "min_noisy_tokens", "opt_noisy_tokens"):
-            _expect_count(f"--{name.replace('_', '-')}", getattr(self, name))
-        _expect_count("--min-text-tokens", self.min_text_tokens)
-        _expect_count("--opt-text-tokens", self.opt_text_tokens)
+            expect_count(option_of(name), getattr(self, name))
+        expect_count("--min-text-tokens", self.min_text_tokens)
+        expect_count("--opt-text-tokens", self.opt_text_tokens)
         if self.timing_cache is not None and not self.timing_cache.strip():
             raise UsageError("--timing-cache is empty; give a file, or none")
         self._check_capabilities()
@@ -348,50 +314,24 @@ class BuildOptions:
         return family_named(self.model)
 
     @property
+    def needs_contexts(self) -> bool:
+        """Whether every shape that is run is an execution context of its own."""
+        return self.backend in PLAN_BACKENDS
+
+    @property
     def limits(self) -> Limits:
         """The largest batch, noisy and text lengths."""
-        default = _SMALL_LIMITS
-        if self.preset is None:
-            default = Limits(
-                batch=_DEFAULT_BATCH,
-                noisy=max(self._picture_tokens()),
-                text=_DEFAULT_TEXT_TOKENS[self.family.architecture],
-            )
-        return Limits(
-            batch=self.max_batch or default.batch,
-            noisy=self.max_noisy_tokens or default.noisy,
-            text=self.max_text_tokens or default.text,
-        )
-
-    def _picture_tokens(self) -> list[int]:
-        """Tokens of a picture of each resolution."""
-        return [
-            (width // _TOKEN_PIXELS) * (height // _TOKEN_PIXELS)
-            for width, height in self.resolutions or (_DEFAULT_RESOLUTION,)
-        ]
+        return limits_of(self)
 
     @property
     def ranges(self) -> Ranges:
-        """Least, best and largest sizes of the axes besides the references.
+        """Least, best and largest sizes of the axes besides the references."""
+        return ranges_of(self)
 
-        Plans are tuned for one edit at a time and the longest picture and text, unless told.
-        """
-        largest = self.limits
-        batch = self._range("batch", largest.batch, default_best=1)
-        noisy = self._range("noisy_tokens", largest.noisy)
-        return Ranges(batch=batch, noisy=noisy, text=self._range("text_tokens", largest.text))
-
-    def _range(self, name: str, most: int, default_best: int | None = None) -> AxisRange:
-        least, best = getattr(self, f"min_{name}") or 1, getattr(self, f"opt_{name}")
-        if best is None:
-            best = max(least, min(default_best or most, most))
-        if not least <= best <= most:
-            option = name.replace("_", "-")
-            raise UsageError(
-                f"--min-{option} {least}, --opt-{option} {best} and --max-{option} {most} "
-                "contradict each other: they must not fall in this order"
-            )
-        return AxisRange(least=least, best=best, most=most)
+    @property
+    def reference_ladder(self) -> Ladder:
+        """The reference lengths; all references together."""
+        return ladder_of(self)
 
     def profiles(self) -> dict[str, tuple[ProfileSpec, ...]]:
         """Optimisation profiles of every plan of the set, by role."""
@@ -401,41 +341,6 @@ class BuildOptions:
             )
             for role in plan_roles(separate_anchor=self.separate_anchor)
         }
-
-    @property
-    def reference_ladder(self) -> Ladder:
-        """The reference lengths; all references together.
-
-        Without a ladder or a length that is given, they are even parts of the longest, and the
-        whole lengths of every number of references at every resolution.
-        """
-        if self.ladder is not None:
-            try:
-                return Ladder(rungs=self.ladder, granularity=self.granularity)
-            except LadderError as error:
-                raise UsageError(f"--ladder: {error}") from error
-        longest = self.max_reference_tokens
-        if longest is None and self.preset is not None:
-            longest = _SMALL_REFERENCE
-        whole: set[int] = set()
-        if longest is None:
-            count = self.num_references or _DEFAULT_REFERENCES[self.model]
-            whole = {
-                number * tokens
-                for number in range(1, count + 1)
-                for tokens in self._picture_tokens()
-            }
-            longest = max(whole)
-        if self.granularity > longest:
-            raise UsageError(
-                f"--granularity is {self.granularity}; it must be at most {longest}, the longest "
-                "reference length"
-            )
-        even = Ladder.even(
-            longest, num_rungs=self.rungs or _DEFAULT_RUNGS, granularity=self.granularity
-        )
-        rungs = {*even.rungs, *(even.round_up(length) for length in whole)}
-        return Ladder(rungs=tuple(sorted(rungs)), granularity=self.granularity)
 
     @property
     def target(self) -> Path:
@@ -449,6 +354,8 @@ class BuildOptions:
             name += f"-{self.backend}"
         if self.precision != _DEFAULT_PRECISION[self.backend]:
             name += f"-{self.precision}"
+        if self.score_details:
+            name += "-details"
         if self.graph_only:
             name += "-graphs"
         return Path("engines-out") / name
@@ -463,6 +370,7 @@ class BuildOptions:
             "ladder": [list(ladder.rungs), ladder.granularity],
             "limits": [limits.batch, limits.noisy, limits.text],
             "graph_only": self.graph_only,
+            "score_details": self.score_details,
         }
         if self.builds_plans:
             shaping["ranges"] = asdict(self.ranges)

@@ -224,17 +224,21 @@ def choose_split(options: BuildOptions, source: Source) -> SplitChoice:
         front_depth = options.front_depth
         if options.layers is None and source.calibration == {} and count != full:
             layers = tuple(sorted({max(layer, front_depth) for layer in layers}))
+    origin = _origin_of(options, source, reason)
     if front_depth >= count:
+        given = (
+            "--front-depth" if options.front_depth is not None else "the calibration's front depth"
+        )
         raise UsageError(
-            f"--front-depth is {front_depth}; allowed: 0 to {count - 1}, since the model has "
-            f"{count} layers and BACK needs one of them"
+            f"{given} is {front_depth}; allowed: 0 to {count - 1}, since the model has {count} "
+            "layers and BACK needs one of them; give another with --front-depth"
         )
     if list(layers) != sorted(set(layers)):
         raise UsageError(f"--layers {','.join(map(str, layers))} must increase and not repeat")
     for layer in layers:
         if not front_depth <= layer < count:
             raise UsageError(
-                f"representative layer {layer} is not a layer of BACK, which are {front_depth} to "
+                f"layer {layer}, {origin}, is not a layer of BACK, which are {front_depth} to "
                 f"{count - 1}; choose others with --layers, or another --front-depth"
             )
     return SplitChoice(
@@ -243,6 +247,15 @@ def choose_split(options: BuildOptions, source: Source) -> SplitChoice:
         representative_layers=layers,
         layers_source=reason,
     )
+
+
+def _origin_of(options: BuildOptions, source: Source, reason: str) -> str:
+    """Who said which layers are scored, for messages."""
+    if options.layers is not None:
+        return reason
+    if source.calibration:
+        return f"from the calibration shipped with the {source.location!r} model"
+    return f"from the model's own ({reason})"
 
 
 def fingerprint(

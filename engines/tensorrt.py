@@ -13,14 +13,11 @@ parameters would not fit.
 from __future__ import annotations
 
 import logging
-import mmap
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,35 +39,21 @@ from ditrim.engines.context_cache import (
 )
 from ditrim.engines.cuda_device import CaptureError, CudaHardware, Hardware
 from ditrim.engines.engine_set import EngineSet
+from ditrim.engines.loaded_plan import LoadedPlan, PlanLoader, said
 from ditrim.engines.manifest import PlanSpec, TensorSpec
-from ditrim.engines.profiles import shape_of
 from ditrim.engines.tensorrt_library import Library, check_target, log_captured, open_library
-from ditrim.plugins.errors import BackendError, EngineSetError, UsageError
+from ditrim.plugins.errors import BackendError, UsageError
 
 logger = logging.getLogger(__name__)
 
 _DTYPES = {
-    "float32": (torch.float32, "FLOAT"),
-    "float16": (torch.float16, "HALF"),
-    "bfloat16": (torch.bfloat16, "BF16"),
-    "int64": (torch.int64, "INT64"),
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int64": torch.int64,
 }
 _PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_SEVERE = ("INTERNAL_ERROR", "ERROR", "WARNING")
-_SHOWN_LINES = 4
 _MOST_PENDING = 32
-
-
-@dataclass(slots=True)
-class _Plan:
-    """A loaded plan: the library's engine and what ditrim knows of it."""
-
-    role: str
-    spec: PlanSpec
-    engine: Any
-    runtime_config: Any
-    verdicts: dict[int, ReplayVerdict] = field(default_factory=dict)
-    unfit_for_graphs: str | None = None
 
 
 @dataclass(slots=True)
@@ -140,7 +123,7 @@ class TensorRTEngines:
         self._hardware: Hardware = hardware if hardware is not None else CudaHardware(ordinal)
         self.device = self._hardware.device
         self._mode = cuda_graphs
-        self._strategy, why = specialisation(manifest.ladder, cuda_graphs)
+        kernels, why = specialisation(manifest.ladder, cuda_graphs)
         self._lock = threading.Lock()
         self._contexts: BoundedCache[ContextKey, _Context] = BoundedCache(max_contexts)
         self._arena = ArenaSize()
@@ -149,14 +132,15 @@ class TensorRTEngines:
         self._pending: deque[tuple[ReplayVerdict, Action, Any, Any]] = deque(maxlen=_MOST_PENDING)
         self._counts = {"contexts": 0, "evicted": 0, "enqueue": 0, "capture": 0, "replay": 0}
         with self._hardware.session_stream():
-            self._runtime = library.module.Runtime(library.logger)
-            self._plans = {role: self._load(role, spec) for role, spec in manifest.plans.items()}
+            # Kept: its runtime has to live as long as the plans.
+            self._loader = PlanLoader(engine_set, library, self._hardware.name, kernels)
+            self._plans = {role: self._loader.load(role) for role in manifest.plans}
         self.choice = (
             f"{self._hardware.name}, {library.backend} {library.version}; CUDA graphs: "
             + ({"auto": "where they measure faster", "on": "always", "off": "never"}[cuda_graphs])
         )
         if library.is_rtx:
-            self.choice += f"; {self._strategy} kernels: {why}"
+            self.choice += f"; {kernels} kernels: {why}"
 
     def run(
         self, role: str, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]
@@ -202,12 +186,12 @@ class TensorRTEngines:
                 "cuda_graphs": verdicts,
             }
 
-    def _plan_of(self, role: str) -> _Plan:
+    def _plan_of(self, role: str) -> LoadedPlan:
         """Anchor steps run on the plan of their own where there is one."""
         return self._plans[role] if role in self._plans else self._plans["back"]
 
     def _check_tensor(self, spec: TensorSpec, tensor: torch.Tensor, role: str) -> None:
-        dtype = _DTYPES[spec.dtype][0]
+        dtype = _DTYPES[spec.dtype]
         if tensor.dtype != dtype or tensor.device != self.device or not tensor.is_contiguous():
             raise UsageError(
                 f"{role}: {spec.name} is {tensor.dtype} on {tensor.device} with strides "
@@ -239,7 +223,7 @@ class TensorRTEngines:
 
     def _run_in_turn(
         self,
-        plan: _Plan,
+        plan: LoadedPlan,
         key: ContextKey,
         names: tuple[str, ...],
         addresses: Addresses,
@@ -283,7 +267,7 @@ class TensorRTEngines:
         if not is_queued:
             raise BackendError(
                 f"{self._library.backend} could not run the {key.role} plan at "
-                f"{_shapes_text(key)}{_said(lines)}"
+                f"{_shapes_text(key)}{said(lines)}"
             )
 
     def _capture(self, context: _Context, addresses: Addresses, stream: Any) -> Action:
@@ -300,7 +284,7 @@ class TensorRTEngines:
                     stream, lambda: bool(context.native.execute_async_v3(handle))
                 )
         except CaptureError as error:
-            verdict.refuse(f"{error}{_said(lines)}")
+            verdict.refuse(f"{error}{said(lines)}")
             logger.info("CUDA graphs: %s", verdict.reason)
             return "enqueue"
         context.book.keep(addresses, graph, (time.perf_counter() - start) * 1e3)
@@ -319,7 +303,7 @@ class TensorRTEngines:
             if before != verdict.outcome:
                 logger.info("CUDA graphs: %s", verdict.as_dict())
 
-    def _make_context(self, plan: _Plan, key: ContextKey, stream: Any) -> _Context:
+    def _make_context(self, plan: LoadedPlan, key: ContextKey, stream: Any) -> _Context:
         for old in self._contexts.make_room():
             if old.last_use is not None:
                 self._hardware.finish(old.last_use)  # a context may not go while it runs
@@ -332,7 +316,7 @@ class TensorRTEngines:
         if problem:
             raise BackendError(
                 f"{self._library.backend}: {problem} for the {key.role} plan at "
-                f"{_shapes_text(key)}{_said(lines)}. If memory ran out: lower max_contexts (now "
+                f"{_shapes_text(key)}{said(lines)}. If memory ran out: lower max_contexts (now "
                 f"{self._contexts.most}), the resolution or the batch, or move the text encoder "
                 "and VAE off the GPU while the engines run"
             )
@@ -349,13 +333,13 @@ class TensorRTEngines:
         self._counts["contexts"] += 1
         return context
 
-    def _native_context(self, plan: _Plan) -> Any:
+    def _native_context(self, plan: LoadedPlan) -> Any:
         if plan.runtime_config is not None:
             return plan.engine.create_execution_context(plan.runtime_config)
         strategy = self._library.module.ExecutionContextAllocationStrategy.USER_MANAGED
         return plan.engine.create_execution_context(strategy)
 
-    def _fix_shapes(self, plan: _Plan, key: ContextKey, native: Any, handle: int) -> str:
+    def _fix_shapes(self, plan: LoadedPlan, key: ContextKey, native: Any, handle: int) -> str:
         """Choose the profile and set the shapes, once and for all; returns what went wrong."""
         if not native.set_optimization_profile_async(key.profile, handle):
             return f"profile {key.profile} was refused"
@@ -394,59 +378,6 @@ class TensorRTEngines:
             context.native.set_device_memory(self._buffer.data_ptr(), self._arena.num_bytes)
             context.generation = self._arena.generation
 
-    # Loading.
-
-    def _load(self, role: str, spec: PlanSpec) -> _Plan:
-        path = self.engine_set.folder / spec.file
-        engine = self._deserialize(role, path)
-        _check_plan(self._library.module, engine, role, spec, self.engine_set)
-        if self.engine_set.manifest.target.get("weights") == "stripped":
-            from ditrim.engines.refit import refit
-
-            graph = path.with_suffix(".onnx")
-            if role == "anchor" and not graph.exists():
-                graph = graph.with_name("back.onnx")  # the same weights
-            refit(self._library, engine, graph, self.engine_set)
-        plan = _Plan(
-            role=role, spec=spec, engine=engine, runtime_config=self._runtime_config(engine)
-        )
-        if _has_streamed_weights(engine):
-            plan.unfit_for_graphs = "its weights are streamed"
-        elif self._library.is_rtx and self._strategy == "lazy":
-            plan.unfit_for_graphs = "kernels are exchanged while it runs"
-        return plan
-
-    def _deserialize(self, role: str, path: Path) -> Any:
-        """A plan's engine; the file is mapped, so that its weights are not held on the host."""
-        with _mapped(path, self.engine_set) as view, log_captured() as lines:
-            reasons = _invalidity(self._library.module, self._runtime, view)
-            engine = None if reasons else self._runtime.deserialize_cuda_engine(view)
-        if engine is None:
-            why = f": {', '.join(reasons)}" if reasons else ""
-            raise EngineSetError(
-                f"{self._library.backend} {self._library.version} refuses the {role} plan {path} "
-                f"on {self._hardware.name}{why}{_said(lines)}. It is damaged, too large for the "
-                "memory that is free, or from another version, driver or GPU. Build it again with: "
-                f"{self.engine_set.rebuild_command()} --force"
-            )
-        return engine
-
-    def _runtime_config(self, engine: Any) -> Any:
-        """TensorRT-RTX only: how its contexts compile kernels, which they keep together."""
-        if not self._library.is_rtx:
-            return None
-        module = self._library.module
-        config = engine.create_runtime_config()
-        config.set_execution_context_allocation_strategy(
-            module.ExecutionContextAllocationStrategy.USER_MANAGED
-        )
-        strategies = module.DynamicShapesKernelSpecializationStrategy
-        config.dynamic_shapes_kernel_specialization_strategy = (
-            strategies.EAGER if self._strategy == "eager" else strategies.LAZY
-        )
-        config.set_runtime_cache(config.create_runtime_cache())
-        return config
-
 
 def _ordinal_of(device: str, backend: str) -> int:
     if device == "auto":
@@ -461,80 +392,6 @@ def _ordinal_of(device: str, backend: str) -> int:
             "choose auto, cuda or cuda:N, or build a set with --backend onnxruntime for a CPU"
         )
     return chosen.index or 0
-
-
-@contextmanager
-def _mapped(path: Path, engine_set: EngineSet) -> Iterator[mmap.mmap]:
-    if not path.is_file() or path.stat().st_size == 0:
-        raise EngineSetError(
-            f"engine set {engine_set.folder}: the plan {path.name} is missing or empty. Build it "
-            f"again with: {engine_set.rebuild_command()} --force"
-        )
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
-        yield view
-
-
-def _invalidity(module: Any, runtime: Any, view: mmap.mmap) -> list[str]:
-    """Why this library says that a plan cannot run here (TensorRT-RTX only)."""
-    if not hasattr(runtime, "get_engine_validity"):
-        return []
-    validity, diagnostics = runtime.get_engine_validity(view)
-    if validity != module.EngineValidity.INVALID:
-        return []
-    flags = module.EngineInvalidityDiagnostics.__members__.items()
-    found = [name.lower().replace("_", " ") for name, flag in flags if diagnostics & int(flag)]
-    return found or ["no reason given"]
-
-
-def _check_plan(module: Any, engine: Any, role: str, spec: PlanSpec, engine_set: EngineSet) -> None:
-    """Compare a plan with the manifest: what follows goes by address and is not checked again."""
-    again = f"Build it again with: {engine_set.rebuild_command()} --force"
-    where = f"the {role} plan {spec.file}"
-    names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
-    expected = {tensor.name for tensor in (*spec.inputs, *spec.outputs)}
-    if names != expected:
-        raise EngineSetError(
-            f"{where} has the tensors {', '.join(sorted(names))}; the manifest says "
-            f"{', '.join(sorted(expected))}. {again}"
-        )
-    modes = module.TensorIOMode
-    for tensors, mode in ((spec.inputs, modes.INPUT), (spec.outputs, modes.OUTPUT)):
-        for tensor in tensors:
-            dtype = getattr(module.DataType, _DTYPES[tensor.dtype][1])
-            found = engine.get_tensor_dtype(tensor.name)
-            if engine.get_tensor_mode(tensor.name) != mode or found != dtype:
-                raise EngineSetError(
-                    f"{where}: the tensor {tensor.name} is of {found}, the manifest says "
-                    f"{tensor.dtype}, or it is no {mode.name.lower()}. {again}"
-                )
-    if engine.num_optimization_profiles != len(spec.profiles):
-        raise EngineSetError(
-            f"{where} has {engine.num_optimization_profiles} profiles, the manifest says "
-            f"{len(spec.profiles)}. {again}"
-        )
-    for index, profile in enumerate(spec.profiles):
-        for tensor in spec.inputs:
-            shapes = engine.get_tensor_profile_shape(tensor.name, index)
-            least, _, most = (tuple(int(size) for size in shape) for shape in shapes)
-            if (least, most) != (
-                shape_of(tensor, profile, "least"),
-                shape_of(tensor, profile, "most"),
-            ):
-                raise EngineSetError(
-                    f"{where}: profile {index} takes {tensor.name} from {least} to {most}, which "
-                    f"is not what the manifest says. {again}"
-                )
-
-
-def _has_streamed_weights(engine: Any) -> bool:
-    total = int(engine.streamable_weights_size)
-    return total > 0 and int(engine.weight_streaming_budget_v2) < total
-
-
-def _said(lines: list[tuple[str, str]]) -> str:
-    """What the library logged of a failure, as the end of a sentence."""
-    severe = [message.strip() for severity, message in lines if severity in _SEVERE]
-    return f" ({'; '.join(severe[-_SHOWN_LINES:])})" if severe else ""
 
 
 def _shapes_text(key: ContextKey) -> str:

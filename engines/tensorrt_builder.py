@@ -56,11 +56,13 @@ class Target:
         capabilities: compute capabilities that were asked for; none means that of the GPU, or
             without one what TensorRT-RTX builds for by default.
         gpu: the GPU that is there.
+        allow_unfused: whether attention may be without a fused kernel.
     """
 
     backend: str
     capabilities: tuple[str, ...] | None
     gpu: Gpu | None
+    allow_unfused: bool = False
 
     def identity(self) -> dict[str, Any]:
         """What of the target a plan depends on."""
@@ -87,7 +89,12 @@ def choose_target(options: BuildOptions, gpu: Gpu | None) -> Target:
             "shows none here; build on that machine, or use --graph-only here. --backend "
             "tensorrt-rtx needs no GPU to build"
         )
-    target = Target(backend=options.backend, capabilities=options.compute_capability, gpu=gpu)
+    target = Target(
+        backend=options.backend,
+        capabilities=options.compute_capability,
+        gpu=gpu,
+        allow_unfused=options.allow_unfused,
+    )
     is_for_gpu = gpu is not None and target.capabilities is None
     if is_for_gpu and options.precision == "bf16":
         assert gpu is not None
@@ -108,12 +115,14 @@ class LibraryFacts:
         polygraphy: Polygraphy's version.
         capabilities: compute capabilities that TensorRT-RTX can build for.
         default_capabilities: those it builds for when none is named.
+        missing_operators: those of `tensorrt_graph.NEW_OPERATORS` that its parser lacks.
     """
 
     version: str
     polygraphy: str
     capabilities: tuple[str, ...]
     default_capabilities: tuple[str, ...]
+    missing_operators: tuple[str, ...] = ()
 
 
 def ask_library(target: Target) -> LibraryFacts:
@@ -129,7 +138,9 @@ def ask_library(target: Target) -> LibraryFacts:
         polygraphy=answer["polygraphy"],
         capabilities=tuple(answer["capabilities"]),
         default_capabilities=tuple(answer["default_capabilities"]),
+        missing_operators=tuple(answer["missing_operators"]),
     )
+    check_attention(target, facts)
     if target.backend != "tensorrt-rtx":
         return facts
     known = ", ".join(facts.capabilities)
@@ -147,6 +158,25 @@ def ask_library(target: Target) -> LibraryFacts:
                 "another GPU with --compute-capability"
             )
     return facts
+
+
+def check_attention(target: Target, facts: LibraryFacts) -> None:
+    """Check that attention which the library may not fuse was accepted.
+
+    Raises:
+        BackendError: its parser has no attention operator, and `--allow-unfused` was not given.
+    """
+    if "Attention" not in facts.missing_operators:
+        return
+    title = f"{TITLES[target.backend]} {facts.version}"
+    if not target.allow_unfused:
+        raise BackendError(
+            f"{title} has no attention operator, so that attention would be taken apart for it, "
+            "and whether it runs fused again nothing can tell: unfused it takes several times as "
+            "long. Use a newer version (TensorRT has the operator from 10.14 on), or accept it "
+            "with --allow-unfused"
+        )
+    logger.warning("%s gets attention taken apart; it may run unfused", title)
 
 
 def describe_target(target: Target, facts: LibraryFacts, options: BuildOptions) -> dict[str, Any]:
@@ -211,11 +241,13 @@ class PlanRequest:
         if capabilities is None and gpu is not None:
             capabilities = "current"
         needs_plugin = self.target.backend == "tensorrt" and self.is_scored
+        rows = self.profiles[-1].rows
         return {
             "backend": self.target.backend,
             "graph": str(self.graph),
             "plan": str(self.plan),
             "profiles": shapes,
+            "scored_rows": 1 if rows is None else rows.most,
             "workspace": options.workspace,
             "optimization_level": options.optimization_level,
             "allow_unfused": options.allow_unfused,
@@ -493,6 +525,7 @@ __all__ = [
     "Target",
     "ask_library",
     "build_plan",
+    "check_attention",
     "choose_target",
     "describe_target",
     "explain_failure",

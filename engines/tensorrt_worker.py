@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ditrim.engines.tensorrt_graph import graph_for_backend
+from ditrim.engines.tensorrt_graph import NEW_OPERATORS, graph_for_backend, num_row_blocks
 from ditrim.engines.tensorrt_library import (
     Library,
     capability_name,
@@ -114,14 +114,14 @@ def _import_polygraphy() -> str:
     return found
 
 
+def _missing_operators(library: Library) -> list[str]:
+    """Operators that graphs hold and this library's parser lacks."""
+    network = library.module.Builder(library.logger).create_network(0)
+    parser = library.module.OnnxParser(network, library.logger)
+    return [name for name in NEW_OPERATORS if not parser.supports_operator(name)]
+
+
 def _describe(library: Library) -> dict[str, Any]:
-    if not hasattr(library.module.LayerType, "ATTENTION_INPUT"):
-        name = library.module.__name__.replace("_", "-")
-        raise BackendError(
-            f"{name} {library.version} cannot build these graphs: it has no attention layer, and "
-            "attention that is taken apart may silently run unfused. TensorRT has one from 10.14 "
-            f"on: pip install -U {name}"
-        )
     capabilities = rtx_capabilities(library) if library.is_rtx else ()
     defaults = rtx_default_capabilities(library) if library.is_rtx else ()
     return {
@@ -129,15 +129,18 @@ def _describe(library: Library) -> dict[str, Any]:
         "polygraphy": _import_polygraphy(),
         "capabilities": [capability_name(item) for item in capabilities],
         "default_capabilities": [capability_name(item) for item in defaults],
+        "missing_operators": _missing_operators(library),
     }
 
 
-def _prepare_graph(path: Path, backend: str) -> None:
+def _prepare_graph(path: Path, backend: str, num_rows: int, missing: list[str]) -> None:
     """Give the graph the form that the library takes, in place."""
     import onnx
 
     model = onnx.load(str(path), load_external_data=False)
-    changed = graph_for_backend(model, backend)
+    changed = graph_for_backend(
+        model, backend, num_blocks=num_row_blocks(num_rows), missing=missing
+    )
     if changed is not model:
         path.write_bytes(changed.SerializeToString())
 
@@ -147,7 +150,8 @@ def _allow_unfused(module: Any, network: Any, is_allowed: bool) -> int:
     count = 0
     for index in range(network.num_layers):
         layer = network.get_layer(index)
-        if layer.type == module.LayerType.ATTENTION_INPUT:
+        # Older libraries have no such layer.
+        if layer.type == getattr(module.LayerType, "ATTENTION_INPUT", None):
             # The bindings return plain layers; their class says which accessors they have.
             layer.__class__ = module.IAttentionInputLayer
             layer.attention.decomposable = is_allowed
@@ -234,7 +238,8 @@ def _build(job: Mapping[str, Any], library: Library, line: _Line) -> dict[str, A
     start, module, path = time.monotonic(), library.module, Path(job["graph"])
     # What the library logs goes where `log_captured` reads it, and not to stdout.
     trt_util.TRT_LOGGER = library.logger
-    _prepare_graph(path, library.backend)
+    missing = _missing_operators(library)
+    _prepare_graph(path, library.backend, job["scored_rows"], missing)
     if job["plugin_capability"] is not None:
         from ditrim.plugins.tensorrt_plugin import register_plugin
 
@@ -243,7 +248,8 @@ def _build(job: Mapping[str, Any], library: Library, line: _Line) -> dict[str, A
         is_typed = hasattr(module.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
         monitor = _make_monitor(module, line)
         try:
-            line.send(phase="Parse")
+            taken_apart = "Attention" in missing
+            line.send(phase="Parse (attention taken apart)" if taken_apart else "Parse")
             builder, network, parser = NetworkFromOnnxPath(str(path), strongly_typed=is_typed)()
             num_attentions = _allow_unfused(module, network, job["allow_unfused"])
             config = _make_config(library, job, monitor)

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 
 from ditrim.export.attention import JointContext
-from ditrim.export.checkpoint import empty_transformer
 from ditrim.export.family import Family
 from ditrim.export.graph import (
     back_input_names,
@@ -38,6 +37,7 @@ from ditrim.export.graph import (
 )
 from ditrim.export.linked_graph import WeightLinker, check_linked, count_nodes, write_linked
 from ditrim.export.split import BackGraph, FrontGraph, SplitPoint, processors_installed
+from ditrim.export.transformer import empty_transformer
 from ditrim.export.weights import (
     WeightIndex,
     check_weights,
@@ -64,6 +64,9 @@ _ELEMENTS = {
     torch.bfloat16: ir.DataType.BFLOAT16,
 }
 _LAYER = "layer"
+# What the functions of blocks with a role are called, and what such a block gives.
+_SUFFIXES = {"plain": "", "score": "Scored", "detail": "Detailed"}
+_SCORE_OUTPUTS = {"plain": [], "score": ["influence"], "detail": ["scores"]}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,18 +75,23 @@ class _Kind:
 
     Attributes:
         block: the class's name.
-        is_scored: gives an influence.
+        role: "plain", "score" (gives an influence) or "detail" (gives three scores).
         has_text_output: false for the last block of BACK, whose text nobody reads.
     """
 
     block: str
-    is_scored: bool
+    role: str
     has_text_output: bool
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether it takes `score_rows`."""
+        return self.role != "plain"
 
     @property
     def op_type(self) -> str:
         """What the function is called."""
-        return self.block + "Scored" * self.is_scored + "Last" * (not self.has_text_output)
+        return self.block + _SUFFIXES[self.role] + "Last" * (not self.has_text_output)
 
 
 class _CallNode(nn.Module):
@@ -115,7 +123,9 @@ class _CallNode(nn.Module):
             # A function has no integer inputs that are lengths: a tensor of that length says it.
             inputs += [torch.arange(context.num_noisy), context.score_rows]
             dtypes.append(torch.float32)
-            shapes.append(torch.Size((hidden.shape[0], hidden.shape[1] - context.num_noisy)))
+            batch, num_reference = hidden.shape[0], hidden.shape[1] - context.num_noisy
+            is_detailed = self.kind.role == "detail"
+            shapes.append(torch.Size((batch, *[3] * is_detailed, num_reference)))
         outputs = list(
             torch.onnx.ops.symbolic_multi_out(
                 f"{DOMAIN}::{self.kind.op_type}",
@@ -126,8 +136,10 @@ class _CallNode(nn.Module):
                 version=OP_VERSION,
             )
         )
-        if self.kind.is_scored:
+        if self.kind.role == "score":
             context.influences.append(outputs.pop())
+        elif self.kind.role == "detail":
+            context.details.append(outputs.pop())
         return (outputs[1] if self.kind.has_text_output else text), outputs[0]
 
 
@@ -180,7 +192,8 @@ class _LiftedBlock(nn.Module):
         if self.kind.block.startswith("Qwen"):
             arguments |= {"encoder_hidden_states_mask": None, "modulate_index": is_reference}
         text, hidden = torch.func.functional_call(self._block[0], weights, kwargs=arguments)
-        return (hidden, *[text] * self.kind.has_text_output, *context.influences)
+        scores = [*context.influences, *context.details]
+        return (hidden, *[text] * self.kind.has_text_output, *scores)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,6 +223,7 @@ def assemble_graph(
     dtype: torch.dtype,
     weights: WeightIndex,
     scored: bool = True,
+    detailed: bool = False,
 ) -> ir.Model:
     """FRONT or BACK of a checkpoint, its initializers pointing into the checkpoint's files.
 
@@ -222,6 +236,7 @@ def assemble_graph(
             Weights that are stored in another dtype are cast in the graph.
         weights: where the weights lie.
         scored: false leaves `score_rows` and `influence` out of BACK.
+        detailed: true adds `layer_scores` to a BACK that is scored.
 
     Returns:
         a model for `write_linked`, with the inputs and outputs of `export_graph`.
@@ -232,8 +247,9 @@ def assemble_graph(
     transformer: Any = empty_transformer(family, config, "config.json")
     check_weights(weights, transformer)
     nn.Module.to(transformer, dtype)
-    layers = point.representative_layers if scored and role == "back" else ()
-    with processors_installed(transformer, dict.fromkeys(layers, "score")):
+    is_scored = scored and role == "back"
+    roles = point.scoring_roles(scored=is_scored, detailed=detailed)
+    with processors_installed(transformer, roles):
         graph: FrontGraph | BackGraph
         if role == "front":
             graph = FrontGraph(transformer, point, as_onnx_node=True).eval()
@@ -242,12 +258,13 @@ def assemble_graph(
         else:
             graph = BackGraph(transformer, point, as_onnx_node=True).eval()
             names = back_input_names(graph, scored=scored)
-            output_names, first = back_output_names(scored=scored), point.front_depth
+            output_names = back_output_names(scored=scored, detailed=detailed)
+            first = point.front_depth
         blocks = {first + i: block for i, block in enumerate(graph.blocks)}
         kinds = {
             layer: _Kind(
                 block=type(block).__name__,
-                is_scored=layer in layers,
+                role=roles.get(layer, "plain"),
                 has_text_output=role == "front" or layer != point.num_layers - 1,
             )
             for layer, block in blocks.items()
@@ -356,7 +373,8 @@ def _trace_block(
     }
     names = [name for name, value in tensors.items() if value is not None]
     weights = _untouched(block)
-    outputs = ["hidden_out", *["text_out"] * kind.has_text_output, *["influence"] * kind.is_scored]
+    text_outputs = ["text_out"] * kind.has_text_output
+    outputs = ["hidden_out", *text_outputs, *_SCORE_OUTPUTS[kind.role]]
     model = trace_module(
         _LiftedBlock(block, kind),
         {**tensors, "weights": weights},

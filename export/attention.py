@@ -31,6 +31,7 @@ class JointContext:
         num_text, num_noisy: T and G.
         score_rows: (R,) int64, noisy rows that a scoring layer scores; none if nothing is scored.
         influences: one (B, C) float32 a scoring layer, in layer order (ToPi Eq. 9).
+        details: one (B, 3, C) float32 a layer that tells its scores; see `detailed_scores`.
         sensitivities: one (B,) float32 a measured layer (ToPi Eq. 4, one sample's sum).
         as_onnx_node: score with ONNX nodes rather than by computing.
     """
@@ -41,6 +42,7 @@ class JointContext:
     num_noisy: int
     score_rows: Tensor | None = None
     influences: list[Tensor] = field(default_factory=list)
+    details: list[Tensor] = field(default_factory=list)
     sensitivities: list[Tensor] = field(default_factory=list)
     as_onnx_node: bool = False
 
@@ -67,18 +69,69 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, as_onnx_node: bool) -> Te
     return rotated.flatten(-2).to(x.dtype)
 
 
+def key_similarity(noisy_keys: Tensor, reference_keys: Tensor) -> Tensor:
+    """How like the noisy tokens' keys each reference token's key is (ToPi Table 3).
+
+    The paper ranks tokens "by cosine similarity" and does not say of what. Here it is of keys, what
+    attention compares tokens by, after QK-norm and before RoPE: a rotation says where a token lies,
+    and the paper means semantic alignment. The mean over rows is taken of the normalised keys
+    before the product, which is the same and needs no (C x R) matrix.
+
+    Args:
+        noisy_keys: (B, H, R, D) of the scored noisy rows.
+        reference_keys: (B, H, C, D).
+
+    Returns:
+        (B, C) float32 in [0, 1]: (1 + cosine) / 2, mean over rows and heads; nought is opposite.
+    """
+    mean = F.normalize(noisy_keys.float(), dim=-1).mean(dim=2, keepdim=True)  # (B, H, 1, D)
+    cosines = (F.normalize(reference_keys.float(), dim=-1) * mean).sum(dim=-1)  # (B, H, C)
+    return ((1 + cosines.mean(dim=1)) / 2).clamp(0, 1)
+
+
+def detailed_scores(
+    rows: Tensor,
+    key: Tensor,
+    reference_key: Tensor,
+    reference_value: Tensor,
+    similarity: Tensor,
+    *,
+    as_onnx_node: bool,
+) -> Tensor:
+    """Three scores of each reference token in one layer: what ToPi Table 3 compares.
+
+    Args:
+        rows: (B, H, R, D) scored noisy queries, after QK-norm and RoPE.
+        key: (B, H, N, D) all keys, after QK-norm and RoPE; reference_key: (B, H, C, D) among them.
+        reference_value: (B, H, C, D).
+        similarity: (B, C) float32, of `key_similarity`.
+        as_onnx_node: score with ONNX nodes rather than by computing.
+
+    Returns:
+        (B, 3, C) float32: influence (Eq. 9), attention (the same without the values' norms) and
+        key similarity; none is negative.
+    """
+    received = reference_column_sums(
+        rows, key, reference_key, rows.shape[-1] ** -0.5, as_onnx_node=as_onnx_node
+    )  # (B, H, C)
+    norms = torch.linalg.vector_norm(reference_value.float(), dim=-1)  # (B, H, C)
+    return torch.stack([(norms * received).sum(dim=1), received.sum(dim=1), similarity], dim=1)
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, context: JointContext, role: str) -> Tensor:
     """Joint attention with RoPE, and this layer's score if it has a role.
 
     Args:
         query, key, value: (B, N, H, D), after QK-norm.
         context: see `JointContext`.
-        role: "plain", "score" (append an influence) or "measure" (append a sensitivity).
+        role: "plain", "score" (append an influence), "detail" (append three scores) or "measure"
+            (append a sensitivity).
 
     Returns:
         (B, N, H * D).
     """
     node = context.as_onnx_node
+    placeless_key = key  # (B, N, H, D)
     query = apply_rope(query, context.rope_cos, context.rope_sin, as_onnx_node=node)
     key = apply_rope(key, context.rope_cos, context.rope_sin, as_onnx_node=node)
     value = value.transpose(1, 2)  # (B, N, H, D) -> (B, H, N, D)
@@ -92,6 +145,18 @@ def attend(query: Tensor, key: Tensor, value: Tensor, context: JointContext, rol
                 rows, key, key[:, :, end:], value[:, :, end:], scale, as_onnx_node=node
             )
             context.influences.append(scores)
+        elif role == "detail":
+            placeless_key = placeless_key.transpose(1, 2)  # (B, N, H, D) -> (B, H, N, D)
+            noisy_keys = placeless_key[:, :, start:end].index_select(2, context.score_rows)
+            scores = detailed_scores(
+                rows,
+                key,
+                key[:, :, end:],
+                value[:, :, end:],
+                key_similarity(noisy_keys, placeless_key[:, :, end:]),
+                as_onnx_node=node,
+            )
+            context.details.append(scores)
         else:
             received = reference_column_sums(rows, key, key[:, :, end:], scale)
             context.sensitivities.append(received.sum(dim=(1, 2)))

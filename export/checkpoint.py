@@ -1,59 +1,32 @@
-"""Transformers from safetensors checkpoints: every tensor is accounted for before any is loaded.
+"""Checkpoints: found in a folder or on the hub, and checked for the family that they are to be.
 
-Replaces: `from_pretrained`, which fills missing tensors with noise and warns. Limits: the diffusers
-layout (a pipeline folder or its `transformer/`), safetensors only. Nothing is ever unpickled.
-Trade-off: the model is first made without memory, so a wrong checkpoint costs seconds.
+Limits: the diffusers layout (a pipeline folder or its `transformer/`), safetensors only. Nothing is
+ever unpickled, and no weight is read here.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import logging
-import math
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ditrim.export.family import FAMILIES, Family
-from ditrim.plugins.errors import CheckpointError, UsageError
-
-if TYPE_CHECKING:
-    import torch
-    from torch import nn
+from ditrim.plugins.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 INDEX_NAME = WEIGHTS_NAME + ".index.json"
-# The safetensors format's own limit.
-_HEADER_BYTES = 100_000_000
-_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Keys that tell one family from another in config.json; absent means false.
 _TELLING_KEYS = ("zero_cond_t", "guidance_embeds")
 _LAYERED_KEYS = ("use_additional_t_cond", "use_layer3d_rope")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TensorPlace:
-    """Where a tensor lies in a safetensors file.
-
-    Attributes:
-        dtype: as safetensors writes it ("F32", "BF16", ...).
-        shape: its axes.
-        offset: of its first byte, from the start of the file.
-        num_bytes: its length.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,294 +234,3 @@ def check_config(family: Family, config: Mapping[str, Any], where: str) -> None:
             f"{where}: key 'in_channels' is {inputs} and 'out_channels' {outputs}: this FLUX "
             "takes its condition as channels, not in context, and has no reference tokens to trim"
         )
-
-
-def read_header(path: Path) -> dict[str, TensorPlace]:
-    """The tensors of a safetensors file by name; reads its header only.
-
-    Raises:
-        CheckpointError: the file is truncated or is no safetensors file.
-    """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        start = file.read(8)
-        if start == b"version ":
-            raise CheckpointError(
-                f"{path} is a Git LFS pointer, not the weights; fetch them with: git lfs pull"
-            )
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > _HEADER_BYTES:
-            raise CheckpointError(
-                f"{path} ({size} bytes) is truncated, or is not a safetensors file"
-            )
-        text = file.read(length)
-    if len(text) < length:
-        raise CheckpointError(
-            f"{path} is truncated: its header has {length} bytes and the file {size}; download it "
-            "again"
-        )
-    try:
-        entries = json.loads(text)
-        entries.pop("__metadata__", None)
-        header = {
-            str(name): TensorPlace(
-                dtype=str(entry["dtype"]),
-                shape=tuple(int(axis) for axis in entry["shape"]),
-                offset=8 + length + int(entry["data_offsets"][0]),
-                num_bytes=int(entry["data_offsets"][1]) - int(entry["data_offsets"][0]),
-            )
-            for name, entry in entries.items()
-        }
-        end = max((place.offset + place.num_bytes for place in header.values()), default=8 + length)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} has a damaged safetensors header; download it again"
-        ) from error
-    if end != size:
-        what = "is truncated" if end > size else "has bytes too many"
-        raise CheckpointError(
-            f"{path} {what}: its tensors need {end} bytes and the file has {size}; download it "
-            "again"
-        )
-    return header
-
-
-def read_headers(checkpoint: Checkpoint) -> dict[str, dict[str, TensorPlace]]:
-    """`read_header` of every weight file, by the file's name.
-
-    Raises:
-        CheckpointError: a file is damaged, or two hold the same tensor.
-    """
-    headers: dict[str, dict[str, TensorPlace]] = {}
-    seen: set[str] = set()
-    for file in checkpoint.weights:
-        headers[file] = read_header(checkpoint.folder / file)
-        for name in headers[file]:
-            if name in seen:
-                raise CheckpointError(
-                    f"checkpoint {checkpoint.folder} has the tensor {name} twice ({file})"
-                )
-            seen.add(name)
-    return headers
-
-
-def compare_tensors(
-    expected: Mapping[str, tuple[int, ...]],
-    found: Mapping[str, TensorPlace],
-    where: str,
-) -> None:
-    """Check that a checkpoint has the model's tensors, all of them and no others.
-
-    Args:
-        expected: shapes by name.
-        found: what there is by name, as from `read_header`.
-        where: the checkpoint, for messages.
-
-    Raises:
-        CheckpointError: names the first tensor that does not fit, and how many there are.
-    """
-    missing = sorted(set(expected) - set(found))
-    unexpected = sorted(set(found) - set(expected))
-    if missing:
-        near = difflib.get_close_matches(missing[0], unexpected, n=1)
-        hint = f" It has {near[0]}, which the model does not." if near else ""
-        raise CheckpointError(
-            f"checkpoint {where} lacks the tensor {missing[0]}{_and_more(missing)}.{hint} Its "
-            "config.json and its weights do not belong together, or a file is incomplete"
-        )
-    if unexpected:
-        raise CheckpointError(
-            f"checkpoint {where} has the tensor {unexpected[0]}{_and_more(unexpected)}, which the "
-            "model of its config.json does not have; the two do not belong together"
-        )
-    for name, shape in expected.items():
-        place = found[name]
-        if place.shape != shape:
-            raise CheckpointError(
-                f"checkpoint {where}: the tensor {name} has shape {list(place.shape)}, and the "
-                f"model of its config.json needs {list(shape)}"
-            )
-        if place.dtype not in _FLOATS:
-            raise CheckpointError(
-                f"checkpoint {where}: the tensor {name} is of dtype {place.dtype}; allowed: "
-                f"{', '.join(_FLOATS)}. Pass weights that are not quantised"
-            )
-        num_bytes = _FLOATS[place.dtype] * math.prod(shape)
-        if place.num_bytes != num_bytes:
-            raise CheckpointError(
-                f"checkpoint {where}: the tensor {name} has {place.num_bytes} bytes, and "
-                f"{list(shape)} of {place.dtype} need {num_bytes}; the file's header is damaged, "
-                "download it again"
-            )
-
-
-def _and_more(names: list[str]) -> str:
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""
-
-
-def empty_transformer(family: Family, config: Mapping[str, Any], where: str) -> nn.Module:
-    """The model of a configuration, with parameters that have shapes but no memory.
-
-    Raises:
-        CheckpointError: diffusers cannot make it; says why.
-    """
-    from accelerate import init_empty_weights
-
-    with init_empty_weights():
-        return _instantiate(family, config, where)
-
-
-def _instantiate(family: Family, config: Mapping[str, Any], where: str) -> nn.Module:
-    import inspect
-
-    import diffusers
-
-    make = getattr(diffusers, family.transformer_class)
-    known = set(inspect.signature(make.__init__).parameters) - {"self"}
-    for key in sorted(set(config) - known):
-        if not key.startswith("_"):
-            logger.warning("%s: key %r is not one of %s's; ignored", where, key, make.__name__)
-    arguments = {key: value for key, value in config.items() if key in known}
-    try:
-        model: Any = make(**arguments)
-    except Exception as error:
-        raise CheckpointError(
-            f"{where}: diffusers cannot make a {make.__name__} of this configuration: {error}"
-        ) from error
-    head_dim, axes = arguments.get("attention_head_dim", 128), model.config.axes_dims_rope
-    if sum(axes) != head_dim:
-        raise CheckpointError(
-            f"{where}: key 'attention_head_dim' is {head_dim}, and 'axes_dims_rope' {list(axes)} "
-            f"adds up to {sum(axes)}; the two must be equal"
-        )
-    module: nn.Module = model.eval().requires_grad_(False)
-    return module
-
-
-def check_overrides(family: Family, overrides: Iterable[str]) -> None:
-    """Check keys that a caller wants to change in a configuration.
-
-    Raises:
-        UsageError: names the key, the nearest one and all that exist.
-    """
-    import inspect
-
-    import diffusers
-
-    make = getattr(diffusers, family.transformer_class)
-    known = sorted(set(inspect.signature(make.__init__).parameters) - {"self"})
-    for key in overrides:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise UsageError(
-                f"--config: {make.__name__} has no key {key!r}.{hint} Known keys: "
-                f"{', '.join(known)}"
-            )
-
-
-def load_transformer(
-    family: Family,
-    source: str | os.PathLike[str] | Checkpoint,
-    dtype: torch.dtype,
-    *,
-    revision: str | None = None,
-    seed: int = 0,
-    config: Mapping[str, Any] | None = None,
-    on_bytes: Callable[[int, int], None] | None = None,
-) -> nn.Module:
-    """A family's transformer in evaluation mode, from a folder, the hub, or random.
-
-    Args:
-        family: what it must be.
-        source: a folder, a hub id, "random", or what `find_checkpoint` returned.
-        dtype: of all parameters.
-        revision: for a hub id.
-        seed: for random weights.
-        config: for random weights, differences from the family's configuration.
-        on_bytes: told the bytes loaded so far and the bytes in all.
-
-    Raises:
-        CheckpointError: the checkpoint is missing or does not match; names the tensor or file.
-    """
-    if source == "random":
-        check_overrides(family, config or {})
-        return random_transformer(family, {**family.config, **(config or {})}, seed, dtype)
-    if config:
-        raise UsageError("a configuration can only be given with random weights")
-    if not isinstance(source, Checkpoint):
-        text = os.fspath(source)
-        if not Path(text).expanduser().exists() and is_hub_id(text):
-            source, _ = fetch_checkpoint(text, revision)
-        else:
-            source = find_checkpoint(text)
-    return _load_checkpoint(family, source, dtype, on_bytes or (lambda done, total: None))
-
-
-def _load_checkpoint(
-    family: Family,
-    checkpoint: Checkpoint,
-    dtype: torch.dtype,
-    on_bytes: Callable[[int, int], None],
-) -> nn.Module:
-    from safetensors import SafetensorError, safe_open
-
-    where = str(checkpoint.folder)
-    check_config(family, checkpoint.config, str(checkpoint.folder / "config.json"))
-    headers = read_headers(checkpoint)
-    found = {name: place for header in headers.values() for name, place in header.items()}
-    model = empty_transformer(family, checkpoint.config, str(checkpoint.folder / "config.json"))
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    compare_tensors(expected, found, where)
-    total = sum(place.num_bytes for place in found.values())
-    done = 0
-    for name, header in headers.items():
-        try:
-            with safe_open(checkpoint.folder / name, framework="pt", device="cpu") as file:
-                for tensor_name in header:
-                    _place(model, tensor_name, file.get_tensor(tensor_name).to(dtype))
-                    done += header[tensor_name].num_bytes
-                    on_bytes(done, total)
-        except SafetensorError as error:
-            raise CheckpointError(f"{checkpoint.folder / name} cannot be read: {error}") from error
-    left = [name for name, value in model.named_parameters() if value.device.type == "meta"]
-    assert not left, left
-    return _converted(model, dtype)  # buffers; the parameters are of the dtype already
-
-
-def _converted(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Convert in place, past diffusers' own `to`, which warns at every call."""
-    from torch import nn
-
-    return nn.Module.to(model, dtype=dtype)
-
-
-def _place(model: nn.Module, name: str, value: torch.Tensor) -> None:
-    """Give a parameter or buffer its value without a copy."""
-    import torch
-
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    if leaf in module._parameters:
-        module._parameters[leaf] = torch.nn.Parameter(value, requires_grad=False)
-    else:
-        module._buffers[leaf] = value
-
-
-def random_transformer(
-    family: Family, config: Mapping[str, Any], seed: int, dtype: torch.dtype
-) -> nn.Module:
-    """A family's transformer with random weights; equal seeds give equal weights.
-
-    Args:
-        family: which class.
-        config: its configuration; keys left out have the class's defaults.
-        seed: of the initialisation; the caller's random state is left as it was.
-        dtype: of all parameters.
-    """
-    import torch
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = _instantiate(family, config, "the configuration of the random weights")
-    return _converted(model, dtype)

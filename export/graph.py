@@ -66,9 +66,9 @@ def back_input_names(graph: BackGraph, *, scored: bool = True) -> list[str]:
     return names + ["score_rows"] * scored
 
 
-def back_output_names(*, scored: bool = True) -> list[str]:
-    """Outputs of BACK in order, with or without scoring."""
-    return ["velocity"] + ["influence"] * scored
+def back_output_names(*, scored: bool = True, detailed: bool = False) -> list[str]:
+    """Outputs of BACK in order, with or without scoring, and with every layer's scores."""
+    return ["velocity"] + ["influence"] * scored + ["layer_scores"] * (scored and detailed)
 
 
 def example_inputs(
@@ -218,7 +218,11 @@ def _name_axes(model: ir.Model, num_inputs: int) -> None:
                 for axis, size in zip((*axes, *range(9)), value.shape, strict=False)
             ]
         )
-    lengths = {"velocity": ("batch", "noisy"), "influence": ("batch", "reference")}
+    lengths: dict[str, tuple[str | int, ...]] = {
+        "velocity": ("batch", "noisy"),
+        "influence": ("batch", "reference"),
+        "layer_scores": ("batch", 1, 2, "reference"),
+    }
     for value in model.graph.outputs:
         axes = lengths.get(str(value.name)) or _AXES[str(value.name)]
         assert value.shape is not None
@@ -244,7 +248,13 @@ def _drop_tracing_metadata(model: ir.Model) -> None:
 
 
 def export_graph(
-    transformer: Any, point: SplitPoint, role: str, dtype: torch.dtype, *, scored: bool = True
+    transformer: Any,
+    point: SplitPoint,
+    role: str,
+    dtype: torch.dtype,
+    *,
+    scored: bool = True,
+    detailed: bool = False,
 ) -> ir.Model:
     """Trace FRONT or BACK of a diffusers transformer; the transformer is left as it was.
 
@@ -254,16 +264,18 @@ def export_graph(
         role: "front" or "back".
         dtype: of latents, embeddings and weights; RoPE tables and timesteps stay float32.
         scored: false leaves `score_rows` and `influence` out of BACK.
+        detailed: true adds `layer_scores` to a BACK that is scored.
     """
     inputs = example_inputs(transformer, dtype)
-    roles = dict.fromkeys(point.representative_layers if scored else (), "score")
+    roles = point.scoring_roles(scored=scored, detailed=detailed)
     with processors_installed(transformer, roles):
         if role == "front":
             front = FrontGraph(transformer, point, as_onnx_node=True).eval()
             return trace_graph(front, inputs, front_input_names(front), front_output_names(front))
         back = BackGraph(transformer, point, as_onnx_node=True).eval()
         names = back_input_names(back, scored=scored)
-        return trace_graph(back, inputs, names, back_output_names(scored=scored))
+        output_names = back_output_names(scored=scored, detailed=detailed)
+        return trace_graph(back, inputs, names, output_names)
 
 
 def write_graph(model: ir.Model, folder: Path, role: str) -> list[str]:

@@ -75,6 +75,24 @@ class SplitPoint:
                     "another layer (calibrate-layers measures them)"
                 )
 
+    @property
+    def back_layers(self) -> tuple[int, ...]:
+        """All layers of BACK."""
+        return tuple(range(self.front_depth, self.num_layers))
+
+    def scoring_roles(self, *, scored: bool = True, detailed: bool = False) -> dict[int, str]:
+        """`roles` of `processors_installed` for a graph.
+
+        Args:
+            scored: whether BACK gives `influence`.
+            detailed: whether it gives `layer_scores` too.
+        """
+        if not scored:
+            return {}
+        if detailed:
+            return dict.fromkeys(self.back_layers, "detail")
+        return dict.fromkeys(self.representative_layers, "score")
+
 
 @contextmanager
 def processors_installed(
@@ -84,7 +102,7 @@ def processors_installed(
 
     Args:
         transformer: a diffusers transformer.
-        roles: layer index -> "score" or "measure"; the others are "plain".
+        roles: layer index -> "score", "detail" or "measure"; the others are "plain".
         pairs_modulation: let blocks with `zero_cond_t` take time embeddings as `run_blocks` stacks
             them; false where diffusers' own forward calls the blocks.
     """
@@ -290,13 +308,15 @@ class FrontGraph(_Graph):
 class BackGraph(_Graph):
     """Blocks [K, N), the output layers and the score, at any reference length K' <= C.
 
-    Without `score_rows` it computes the velocity alone. See `back_input_names` and
-    `back_output_names` for the tensors, in order.
+    Without `score_rows` it computes the velocity alone; where its blocks have the role "detail", it
+    tells the scores of every layer too. See `back_input_names` and `back_output_names` for the
+    tensors, in order.
     """
 
     def __init__(self, transformer: Any, point: SplitPoint, *, as_onnx_node: bool = False) -> None:
         super().__init__(transformer, as_onnx_node=as_onnx_node)
         self.blocks = nn.ModuleList(blocks_of(transformer)[point.front_depth :])
+        self.representative = [layer - point.front_depth for layer in point.representative_layers]
         self.norm_out = transformer.norm_out
         self.proj_out = transformer.proj_out
 
@@ -333,5 +353,8 @@ class BackGraph(_Graph):
         velocity = self.proj_out(self.norm_out(hidden[:, :num_noisy], temb))
         if score_rows is None:
             return (velocity,)
-        influence = torch.stack(context.influences).sum(dim=0)  # (L, B, K') -> (B, K')
-        return velocity, influence
+        influences = context.influences or [context.details[i][:, 0] for i in self.representative]
+        influence = torch.stack(influences).sum(dim=0)  # (L, B, K') -> (B, K')
+        if not context.details:
+            return velocity, influence
+        return velocity, influence, torch.stack(context.details, dim=1)  # (B, L, 3, K')

@@ -16,15 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditrim.export.checkpoint import (
-    WEIGHTS_NAME,
-    Checkpoint,
-    TensorPlace,
-    compare_tensors,
-    empty_transformer,
-    read_headers,
-)
+from ditrim.export.checkpoint import WEIGHTS_NAME, Checkpoint
 from ditrim.export.family import FAMILIES, Family
+from ditrim.export.tensor_header import TensorPlace, compare_tensors, read_headers
+from ditrim.export.transformer import empty_transformer
 from ditrim.plugins.errors import CheckpointError
 
 if TYPE_CHECKING:

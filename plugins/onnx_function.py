@@ -14,16 +14,58 @@ from ditrim.plugins.log_sum_exp import BLOCK_ROWS, DOMAIN, OP_NAME, OP_VERSION
 OPSET = 23
 
 
-def _int_constant(name: str, *values: int) -> onnx.NodeProto:
+def int_constant(name: str, *values: int) -> onnx.NodeProto:
+    """A 1-d int64 constant."""
     return helper.make_node("Constant", [], [name], value_ints=list(values))
 
 
-def log_sum_exp_nodes(rows: str, result: str) -> list[onnx.NodeProto]:
+def float_constant(name: str, value: float) -> onnx.NodeProto:
+    """A float32 scalar."""
+    tensor = helper.make_tensor(name, TensorProto.FLOAT, [], [value])
+    return helper.make_node("Constant", [], [name], value=tensor)
+
+
+def function_of(nodes: list[onnx.NodeProto]) -> FunctionProto:
+    """`LogSumExp(queries, keys, bias; scale) -> result` of these nodes."""
+    return helper.make_function(
+        DOMAIN,
+        OP_NAME,
+        ["queries", "keys", "bias"],
+        ["result"],
+        nodes,
+        [helper.make_opsetid("", OPSET)],
+        attributes=["scale"],
+        doc_string=f"version {OP_VERSION}",
+    )
+
+
+def prepared_nodes() -> list[onnx.NodeProto]:
+    """What every form begins with: `scaled` rows, `axis_2`, and what `log_sum_exp_nodes` reads."""
+    scale = helper.make_node("Constant", [], ["scale_f"])
+    scale.attribute.append(
+        onnx.AttributeProto(
+            name="value_float", ref_attr_name="scale", type=onnx.AttributeProto.FLOAT
+        )
+    )
+    return [
+        scale,
+        helper.make_node("CastLike", ["scale_f", "queries"], ["scale_t"]),
+        helper.make_node("Mul", ["queries", "scale_t"], ["scaled"]),
+        helper.make_node("Transpose", ["keys"], ["keys_t"], perm=[0, 1, 3, 2]),
+        int_constant("axis_2", 2),
+        int_constant("last_axis", -1),
+        float_constant("lowest", -3.4028234663852886e38),
+        helper.make_node("Unsqueeze", ["bias", "axis_2"], ["bias_u"]),
+    ]
+
+
+def log_sum_exp_nodes(rows: str, result: str, prefix: str = "") -> list[onnx.NodeProto]:
     """Scaled rows (B, H, R, D) -> their log-sum-exp (B, H, R) in float32, over all keys.
 
     Reads `keys_t` (B, H, D, N), `bias_u` (B, H, 1, N), `last_axis` and `lowest` (float32 scalar).
+    `prefix` goes before the names of the values between.
     """
-    return [
+    nodes = [
         helper.make_node("MatMul", [rows, "keys_t"], ["logits_t"]),
         helper.make_node("Cast", ["logits_t"], ["logits_f"], to=TensorProto.FLOAT),
         helper.make_node("Add", ["logits_f", "bias_u"], ["logits"]),
@@ -37,6 +79,11 @@ def log_sum_exp_nodes(rows: str, result: str) -> list[onnx.NodeProto]:
         helper.make_node("Add", ["log_total", "largest"], ["result_u"]),
         helper.make_node("Squeeze", ["result_u", "last_axis"], [result]),
     ]
+    between = {name for node in nodes for name in node.output} - {result}
+    for node in nodes:
+        for names in (node.input, node.output):
+            names[:] = [prefix + name if name in between else name for name in names]
+    return nodes
 
 
 def _scan_body() -> onnx.GraphProto:
@@ -58,29 +105,11 @@ def log_sum_exp_function(block_rows: int = BLOCK_ROWS) -> FunctionProto:
     Returns:
         A `FunctionProto` of domain `ditrim`, for `ModelProto.functions`.
     """
-    scale = helper.make_node("Constant", [], ["scale_f"])
-    scale.attribute.append(
-        onnx.AttributeProto(
-            name="value_float", ref_attr_name="scale", type=onnx.AttributeProto.FLOAT
-        )
-    )
     nodes = [
-        scale,
-        helper.make_node("CastLike", ["scale_f", "queries"], ["scale_t"]),
-        helper.make_node("Mul", ["queries", "scale_t"], ["scaled"]),
-        helper.make_node("Transpose", ["keys"], ["keys_t"], perm=[0, 1, 3, 2]),
-        _int_constant("axis_2", 2),
-        _int_constant("last_axis", -1),
-        _int_constant("zero", 0),
-        _int_constant("one", 1),
-        _int_constant("block_limit", block_rows),
-        helper.make_node(
-            "Constant",
-            [],
-            ["lowest"],
-            value=helper.make_tensor("lowest", TensorProto.FLOAT, [], [-3.4028234663852886e38]),
-        ),
-        helper.make_node("Unsqueeze", ["bias", "axis_2"], ["bias_u"]),
+        *prepared_nodes(),
+        int_constant("zero", 0),
+        int_constant("one", 1),
+        int_constant("block_limit", block_rows),
         # The block is no longer than there are rows: one row costs one row.
         helper.make_node("Shape", ["queries"], ["num_batch_heads"], start=0, end=2),
         helper.make_node("Shape", ["queries"], ["num_rows"], start=2, end=3),
@@ -111,13 +140,4 @@ def log_sum_exp_function(block_rows: int = BLOCK_ROWS) -> FunctionProto:
         helper.make_node("Reshape", ["block_results", "flat"], ["padded_result"]),
         helper.make_node("Slice", ["padded_result", "zero", "num_rows", "axis_2"], ["result"]),
     ]
-    return helper.make_function(
-        DOMAIN,
-        OP_NAME,
-        ["queries", "keys", "bias"],
-        ["result"],
-        nodes,
-        [helper.make_opsetid("", OPSET)],
-        attributes=["scale"],
-        doc_string=f"version {OP_VERSION}",
-    )
+    return function_of(nodes)

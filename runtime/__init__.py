@@ -11,23 +11,34 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ditrim.engines.load import load_engines
     from ditrim.runtime.attachment import Attachment, attach, detach
-    from ditrim.runtime.policy import FullContext, Policy, RandomDrop, ToPi
+    from ditrim.runtime.baselines import RandomDrop, ToMA, ToMeSD
+    from ditrim.runtime.importance_merge import ImportanceMerge
+    from ditrim.runtime.policy import FullContext, Policy
     from ditrim.runtime.report import RunReport, StepRecord
     from ditrim.runtime.session import EditSession, EditStep, SessionState
+    from ditrim.runtime.step_cache import StepCache
+    from ditrim.runtime.tokendrop import TokenDrop
+    from ditrim.runtime.topi import CoverageToPi, ToPi
     from ditrim.runtime.transformer import EngineTransformer
 
 __all__ = [
     "Attachment",
+    "CoverageToPi",
     "EditSession",
     "EditStep",
     "EngineTransformer",
     "FullContext",
+    "ImportanceMerge",
     "Policy",
     "RandomDrop",
     "RunReport",
     "SessionState",
+    "StepCache",
     "StepRecord",
+    "ToMA",
+    "ToMeSD",
     "ToPi",
+    "TokenDrop",
     "attach",
     "detach",
     "load_engines",
@@ -35,16 +46,22 @@ __all__ = [
 
 _HOMES = {
     "Attachment": "ditrim.runtime.attachment",
+    "CoverageToPi": "ditrim.runtime.topi",
     "EditSession": "ditrim.runtime.session",
     "EditStep": "ditrim.runtime.session",
     "EngineTransformer": "ditrim.runtime.transformer",
     "FullContext": "ditrim.runtime.policy",
+    "ImportanceMerge": "ditrim.runtime.importance_merge",
     "Policy": "ditrim.runtime.policy",
-    "RandomDrop": "ditrim.runtime.policy",
+    "RandomDrop": "ditrim.runtime.baselines",
     "RunReport": "ditrim.runtime.report",
     "SessionState": "ditrim.runtime.session",
     "StepRecord": "ditrim.runtime.report",
-    "ToPi": "ditrim.runtime.policy",
+    "StepCache": "ditrim.runtime.step_cache",
+    "ToMA": "ditrim.runtime.baselines",
+    "ToMeSD": "ditrim.runtime.baselines",
+    "ToPi": "ditrim.runtime.topi",
+    "TokenDrop": "ditrim.runtime.tokendrop",
     "attach": "ditrim.runtime.attachment",
     "detach": "ditrim.runtime.attachment",
     "load_engines": "ditrim.engines.load",

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ditrim.engines.load import load_engines
 from ditrim.plugins.errors import UsageError
-from ditrim.runtime.policy import Policy, ToPi
+from ditrim.runtime.policy import Policy
 from ditrim.runtime.report import RunReport
+from ditrim.runtime.step_cache import StepCache
+from ditrim.runtime.topi import ToPi
 from ditrim.runtime.transformer import EngineTransformer
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ditrim.engines.backend import Engines
     from ditrim.engines.engine_set import EngineSet
 
@@ -88,21 +93,51 @@ def _watch(scheduler: Any, transformer: EngineTransformer) -> None:
         return
     watchers = [transformer]
     for name in _WATCHED:
-        setattr(scheduler, name, _watched(getattr(scheduler, name), name, watchers))
+        setattr(scheduler, name, _watched(scheduler, name, watchers))
 
 
-def _watched(method: Any, name: str, watchers: list[EngineTransformer]) -> Any:
+def _watched(scheduler: Any, name: str, watchers: list[EngineTransformer]) -> Any:
+    method = getattr(scheduler, name)
+
     @functools.wraps(method)  # pipelines look at its signature
-    def call(*args: Any, **kwargs: Any) -> Any:
+    def set_timesteps(*args: Any, **kwargs: Any) -> Any:
+        result = method(*args, **kwargs)
+        # Every pipeline served here divides them by 1000.
+        times = (scheduler.timesteps.float() / 1000).tolist()
         for transformer in watchers:
-            if name == "step":
-                transformer.end_step()
-            else:
-                transformer.start_request()
-        return method(*args, **kwargs)
+            transformer.start_request()
+            transformer.expect_times(times)
+        return result
 
+    @functools.wraps(method)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        result = method(*args, **kwargs)
+        for transformer in watchers:
+            if transformer.acts_on_steps and transformer.is_in_step:
+                given = inspect.signature(method).bind(*args, **kwargs).arguments
+                index = scheduler.step_index
+                changed = transformer.finish_step(
+                    given["sample"],
+                    given["model_output"],
+                    float(scheduler.sigmas[index - 1]),
+                    float(scheduler.sigmas[index]),
+                )
+                if changed is not None:
+                    result = _with_latents(result, changed)
+            transformer.end_step()
+        return result
+
+    call = set_timesteps if name == "set_timesteps" else step
     call.watchers = watchers  # type: ignore[attr-defined]
     return call
+
+
+def _with_latents(result: Any, latents: Tensor) -> Any:
+    """A scheduler's result, a tuple or an output object, with other latents."""
+    if isinstance(result, tuple):
+        return (latents.to(result[0].dtype), *result[1:])
+    result.prev_sample = latents.to(result.prev_sample.dtype)
+    return result
 
 
 def _unwatch(scheduler: Any, transformer: EngineTransformer) -> None:
@@ -119,6 +154,8 @@ def attach(
     engines: str | os.PathLike[str] | EngineSet | Engines,
     policy: Policy | None = None,
     *,
+    cache: StepCache | None = None,
+    region: Tensor | None = None,
     device: str = "auto",
     threads: int = 0,
     timing: bool = False,
@@ -131,13 +168,14 @@ def attach(
         engines: a folder, a loaded `EngineSet`, or what `load_engines` returned (to share).
         policy: defaults to `ToPi()`.
         device, threads: see `load_engines`; used only where `engines` is not loaded yet.
-        timing: see `Denoiser`.
+        cache, region, timing: see `Denoiser`.
 
     Returns:
         an `Attachment`, also a context manager.
 
     Raises:
-        UsageError: the pipeline has another kind of transformer, or one configured differently.
+        UsageError: the pipeline has another kind of transformer, or one configured differently, or
+            a scheduler that the policy cannot work with.
         EngineSetError: see `load_engines`.
     """
     if not hasattr(pipe, "transformer") or not hasattr(pipe, "scheduler"):
@@ -157,7 +195,15 @@ def attach(
     _check_pipeline(pipe, loaded)
     if pipe.transformer is not None:
         _check_fit(pipe.transformer, loaded)
-    transformer = EngineTransformer(loaded, policy if policy is not None else ToPi(), timing=timing)
+    transformer = EngineTransformer(
+        loaded,
+        policy if policy is not None else ToPi(),
+        cache=cache,
+        region=region,
+        timing=timing,
+    )
+    if transformer.acts_on_steps:
+        _check_scheduler(pipe.scheduler, policy)
     return Attachment(pipe, transformer)
 
 
@@ -202,6 +248,18 @@ def _check_fit(transformer: Any, engines: Engines) -> None:
                 f"{built!r}; build one from these weights with: "
                 f"{engines.engine_set.rebuild_command()}"
             )
+
+
+def _check_scheduler(scheduler: Any, policy: Policy | None) -> None:
+    """A policy that acts on steps knows Euler's step of the flow, and no other."""
+    names = [base.__name__ for base in type(scheduler).__mro__]
+    is_stochastic = bool(getattr(scheduler.config, "stochastic_sampling", False))
+    if "FlowMatchEulerDiscreteScheduler" not in names or is_stochastic:
+        raise UsageError(
+            f"{type(policy).__name__} changes the scheduler's step and works with a "
+            "FlowMatchEulerDiscreteScheduler without stochastic_sampling; the pipeline has a "
+            f"{names[0]}{' with it' if is_stochastic else ''}"
+        )
 
 
 def _plain(value: Any) -> Any:

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from ditrim.engines.console import CommandParser, Terminal, run_command
 from ditrim.plugins.errors import UsageError
-from ditrim.runtime.policy import FullContext, Policy, RandomDrop, ToPi
+from ditrim.runtime.baselines import RandomDrop
+from ditrim.runtime.policy import FullContext, Policy
+from ditrim.runtime.topi import ToPi
 
 if TYPE_CHECKING:
     from ditrim.engines.backend import Engines

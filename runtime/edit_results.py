@@ -13,16 +13,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ditrim.plugins.errors import DitrimError
+from ditrim.runtime.baselines import RandomDrop
 from ditrim.runtime.overlay import Panel, draw_strip, kept_mask_picture
-from ditrim.runtime.policy import Policy, RandomDrop, ToPi
+from ditrim.runtime.policy import Policy
 from ditrim.runtime.small_editor.evaluation import measure_psnr
+from ditrim.runtime.topi import ToPi
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from ditrim.engines.backend import Engines
-    from ditrim.runtime.overlay import Indices, TokenGrid
+    from ditrim.runtime.overlay import Indices
     from ditrim.runtime.pipelines import EditRequest
+    from ditrim.runtime.policy import TokenGrid
     from ditrim.runtime.report import RunReport
 
 

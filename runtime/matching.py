@@ -22,7 +22,7 @@ What the papers leave open, and what is done here:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, Protocol
 
@@ -52,6 +52,10 @@ class TokenMerge(Protocol):
 
     def unmerge(self, y: Tensor) -> Tensor:
         """(B, K', d) -> (B, N, d), in the dtype of `y`."""
+        ...
+
+    def entries(self, rows: Tensor) -> TokenMerge:
+        """Of some batch entries: (n,) int64."""
         ...
 
 
@@ -89,6 +93,10 @@ class Merge:
     def unmerge(self, y: Tensor) -> Tensor:
         """See `TokenMerge.unmerge`."""
         return y.gather(1, self.assignment[..., None].expand(-1, -1, y.shape[2]))
+
+    def entries(self, rows: Tensor) -> Merge:
+        """See `TokenMerge.entries`."""
+        return Merge(self.kept[rows], self.assignment[rows], self.weights[rows])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -135,6 +143,12 @@ class AttentionMerge:
         tokens = self.weights.to(wide).transpose(-1, -2) @ parts  # (B, T, n, d)
         return tokens.view(batch, -1, width)[:, self.places].to(y.dtype)
 
+    def entries(self, rows: Tensor) -> AttentionMerge:
+        """See `TokenMerge.entries`."""
+        return replace(
+            self, kept=self.kept[rows], slots=self.slots[rows], weights=self.weights[rows]
+        )
+
 
 def merge_into_kept(metric: Tensor, kept: Tensor, *, similarity: Similarity = "cosine") -> Merge:
     """Dropped tokens averaged into the nearest kept one (ToPi App. E.2).
@@ -153,6 +167,7 @@ def tomesd(
     num_kept: int,
     generator: torch.Generator,
     *,
+    similarity: Similarity = "cosine",
     prune: bool = False,
 ) -> Merge:
     """ToMeSD: one random destination in each 2 x 2 cell, the most similar of the others merge.
@@ -162,6 +177,7 @@ def tomesd(
         grids: (height, width) of each picture in the sequence, in order.
         num_kept: K'.
         generator: on the CPU; draws the destinations, the same for the whole batch.
+        similarity: see `match_tokens`.
         prune: drop merged tokens instead of averaging them (IBTM App. B, early steps).
     """
     _check(metric, num_kept, grids)
@@ -169,7 +185,7 @@ def tomesd(
     if len(chosen) > num_kept:
         chosen = chosen[torch.randperm(len(chosen), generator=generator)[:num_kept]]
     destinations = chosen.to(metric.device).expand(metric.shape[0], -1)
-    return match_tokens(metric, destinations, num_kept, prune=prune)
+    return match_tokens(metric, destinations, num_kept, similarity=similarity, prune=prune)
 
 
 def ibtm(

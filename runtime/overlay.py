@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-TokenGrid = tuple[int, int]
+from ditrim.runtime.policy import TokenGrid
+
 Indices = npt.NDArray[np.int64]
 
 _OUTLINE = (255, 176, 0)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ditrim.engines.engine_set import EngineSet
-    from ditrim.runtime.overlay import TokenGrid
+    from ditrim.runtime.policy import TokenGrid
 
 SMALL_PIPELINE = "SmallEditPipeline"
 # Pipelines that take a list of references; the others read a list as a batch.

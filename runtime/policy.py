@@ -1,153 +1,275 @@
-"""Reduction policies: what decides which reference tokens a step runs on."""
+"""The seam between a reduction policy and the runtime.
+
+A policy is a frozen, shareable description. `begin` gives what works on one request, its reducer;
+a policy that remembers nothing is its own reducer. The denoiser asks a reducer, in this order:
+
+- `role` before a step: full, anchor (full and scored) or reduced;
+- `select` after an anchor: what the steps after it run on;
+- `regroup` after FRONT of a reduced step: the same again, or something that this step calls for;
+- `finish_step` once a step, when every guidance branch has run: TokenDrop works there.
+"""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ditrim.plugins.errors import UsageError
-from ditrim.runtime.schedule import Role, Schedule
+from ditrim.runtime.schedule import Role
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
     from ditrim.engines.ladder import Ladder
+    from ditrim.runtime.matching import TokenMerge
+
+TokenGrid = tuple[int, int]  # (height, width) of a picture in tokens
 
 
-class Policy(Protocol):
-    """What a session asks of a policy. Policies hold no state and can be shared."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Reduction:
+    """What reduced steps run on.
+
+    Attributes:
+        kept: (B, K') int64, ascending: reference tokens; none means all of them.
+        merge: averages the references into as many tokens at `kept`, in place of dropping.
+        noisy_merge: the same for the noisy tokens; BACK's velocity is brought back to all of them.
+        before_front: FRONT too runs on `kept` alone (there is no `merge` then).
+    """
+
+    kept: Tensor | None = None
+    merge: TokenMerge | None = None
+    noisy_merge: TokenMerge | None = None
+    before_front: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CallView:
+    """One model call, as a reducer sees it.
+
+    Attributes:
+        step: from 0; branch: "cond" or "uncond".
+        ladder: of the engine set.
+        grids: (height, width) in tokens of the noisy picture and of each reference, where the
+            caller's geometry tells.
+        noisy: (B, G, d), reference: (B, C, d): FRONT's outputs; none where the reducer does not
+            read features.
+        influence: (B, C) float32 (ToPi Eq. 9), on an anchor.
+        scores: (B, L, 3, C) float32, for each scored layer the scores of `SCORES`, on an anchor of
+            an engine set that was built with them.
+        scored_layers: the L layers of `scores`; calibrated_layers: those that `influence` sums.
+        region: (C,) bool, reference tokens that the user wants kept.
+        reduction: what the steps since the last anchor ran on.
+        rows: (n,) int64, which batch entries these are; none where they are all. Entries whose text
+            differs in length run apart, and `regroup` is asked for each of them.
+    """
+
+    step: int
+    branch: str
+    ladder: Ladder
+    grids: tuple[TokenGrid, ...] | None
+    noisy: Tensor | None = None
+    reference: Tensor | None = None
+    influence: Tensor | None = None
+    scores: Tensor | None = None
+    scored_layers: tuple[int, ...] = ()
+    calibrated_layers: tuple[int, ...] = ()
+    region: Tensor | None = None
+    reduction: Reduction | None = None
+    rows: Tensor | None = None
+
+    @property
+    def reference_grids(self) -> tuple[TokenGrid, ...]:
+        """(height, width) of each reference."""
+        return self._known_grids()[1:]
+
+    @property
+    def noisy_grid(self) -> TokenGrid:
+        """(height, width) of the picture in the making."""
+        return self._known_grids()[0]
+
+    def _known_grids(self) -> tuple[TokenGrid, ...]:
+        if self.grids is None:
+            raise UsageError(
+                "this policy needs to know where tokens lie, and the picture ids of this request "
+                "are no whole grids; use ToPi or RandomDrop"
+            )
+        return self.grids
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepView:
+    """A finished step, all guidance branches together.
+
+    Attributes:
+        step: from 0.
+        ladder, grids: see `CallView`.
+        latents: (B, G, c) before the step.
+        velocity: (B, G, c), guided where guidance is used.
+        branches: the velocity of each branch.
+        sigma, next_sigma: noise level before and after.
+        reference: (B, C, c), the references' latents.
+        influence: the last anchor's (B, C), of the branch "cond"; none before one.
+        region: see `CallView`.
+    """
+
+    step: int
+    ladder: Ladder
+    grids: tuple[TokenGrid, ...] | None
+    latents: Tensor
+    velocity: Tensor
+    branches: Mapping[str, Tensor]
+    sigma: float
+    next_sigma: float
+    reference: Tensor
+    influence: Tensor | None = None
+    region: Tensor | None = None
+
+    @property
+    def source(self) -> Tensor | None:
+        """(B, G, c): the first reference, if it lies on the grid of the picture in the making."""
+        if self.grids is None or len(self.grids) < 2 or self.grids[0] != self.grids[1]:
+            return None
+        return self.reference[:, : self.latents.shape[1]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StepOutcome:
+    """What a reducer makes of a finished step.
+
+    Attributes:
+        latents: (B, G, c) to go on from; none leaves the scheduler's own.
+        reduction: of the next step, for all branches; none leaves what is.
+    """
+
+    latents: Tensor | None = None
+    reduction: Reduction | None = None
+
+
+UNCHANGED = StepOutcome()
+SCORES = ("influence", "attention", "key-similarity")
+
+
+class Reducer(Protocol):
+    """A policy at work on one request.
+
+    `copy.copy` of it is its state at that time: it replaces what it remembers and never writes
+    into it.
+    """
 
     @property
     def score_every(self) -> int:
         """On an anchor step, score every n-th noisy row."""
         ...
 
-    def role(self, step: int) -> Role:
-        """What step `step` (from 0) is."""
+    @property
+    def reads_features(self) -> bool:
+        """Whether `select` and `regroup` are shown FRONT's outputs."""
         ...
 
-    def select(self, influence: torch.Tensor, ladder: Ladder) -> torch.Tensor:
-        """Kept reference tokens after an anchor step.
+    @property
+    def acts_on_steps(self) -> bool:
+        """Whether `finish_step` does anything; schedulers are watched for it."""
+        ...
 
-        Args:
-            influence: (B, C) float32 (ToPi Eq. 9).
-            ladder: of the engine set.
+    @property
+    def takes_region(self) -> bool:
+        """Whether a region that the user wants kept is heeded."""
+        ...
 
-        Returns:
-            (B, K') int64, ascending in each row.
-        """
+    def role(self, step: int, reduction: Reduction | None) -> Role:
+        """What step `step` (from 0) is, given what a reduced step would run on."""
+        ...
+
+    def select(self, call: CallView) -> Reduction:
+        """What the steps after this anchor run on."""
+        ...
+
+    def regroup(self, call: CallView) -> Reduction | None:
+        """What this reduced step runs on; none means the full context."""
+        ...
+
+    def finish_step(self, step: StepView) -> StepOutcome:
+        """Look at a finished step."""
+        ...
+
+    def notes(self) -> Mapping[str, Any]:
+        """What a report should say of this request: plain values."""
         ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ToPi:
-    """Token pruning for in-context generation (ToPi, Alg. 1).
+class Policy(Protocol):
+    """Which tokens steps run on. Holds nothing of a request and can be shared."""
 
-    Every `interval`-th step is an anchor: it runs the full context and scores every reference
-    token (Eq. 9). The steps between run on the fewest tokens that hold a fraction `tau` of that
-    influence (Eq. 10, 11).
-
-    Attributes:
-        tau: fraction of the influence to keep, in [0, 1]; the paper's 0.85.
-        interval: steps between anchors; the paper's Delta T = 10.
-        warmup: steps at the start that run the full context unscored.
-        score_every: score every n-th noisy row; 1 scores all, as the paper does.
-        min_kept: keep at least so many tokens.
-        max_kept: keep at most so many tokens; none means no bound.
-    """
-
-    tau: float = 0.85
-    interval: int = 10
-    warmup: int = 0
-    score_every: int = 1
-    min_kept: int = 1
-    max_kept: int | None = None
-    _schedule: Schedule = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        is_number = isinstance(self.tau, (int, float)) and not isinstance(self.tau, bool)
-        if not is_number or not math.isfinite(self.tau) or not 0.0 <= self.tau <= 1.0:
-            raise UsageError(
-                f"tau must be a number in [0, 1], got {self.tau!r}; "
-                "1 keeps every reference token, the paper uses 0.85"
-            )
-        for name in ("score_every", "min_kept"):
-            _check_count(name, getattr(self, name))
-        if self.max_kept is not None:
-            _check_count("max_kept", self.max_kept)
-            if self.max_kept < self.min_kept:
-                raise UsageError(
-                    f"max_kept ({self.max_kept}) is less than min_kept ({self.min_kept})"
-                )
-        object.__setattr__(self, "_schedule", Schedule(interval=self.interval, warmup=self.warmup))
-
-    def role(self, step: int) -> Role:
-        """See `Policy.role`."""
-        return self._schedule.role(step)
-
-    def select(self, influence: torch.Tensor, ladder: Ladder) -> torch.Tensor:
-        """See `Policy.select`."""
-        from ditrim.runtime.selection import select_by_influence
-
-        return select_by_influence(
-            influence, self.tau, ladder, min_kept=self.min_kept, max_kept=self.max_kept
-        )
+    def begin(self) -> Reducer:
+        """What works on one request."""
+        ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FullContext:
-    """No reduction: every step runs on every reference token."""
+class PlainReducer:
+    """What most reducers have in common; a policy without memory can be its own."""
+
+    __slots__ = ()
 
     @property
     def score_every(self) -> int:
-        """See `Policy.score_every`; nothing is scored."""
+        """See `Reducer.score_every`."""
         return 1
 
-    def role(self, step: int) -> Role:
-        """See `Policy.role`."""
+    @property
+    def reads_features(self) -> bool:
+        """See `Reducer.reads_features`."""
+        return False
+
+    @property
+    def acts_on_steps(self) -> bool:
+        """See `Reducer.acts_on_steps`."""
+        return False
+
+    @property
+    def takes_region(self) -> bool:
+        """See `Reducer.takes_region`."""
+        return False
+
+    def role(self, step: int, reduction: Reduction | None) -> Role:
+        """See `Reducer.role`."""
         return "full"
 
-    def select(self, influence: torch.Tensor, ladder: Ladder) -> torch.Tensor:
-        """Never asked for: no step is an anchor."""
-        raise AssertionError("FullContext has no anchor steps")
+    def select(self, call: CallView) -> Reduction:
+        """See `Reducer.select`."""
+        raise AssertionError(f"{type(self).__name__} has no anchor steps")
+
+    def regroup(self, call: CallView) -> Reduction | None:
+        """See `Reducer.regroup`."""
+        return call.reduction
+
+    def finish_step(self, step: StepView) -> StepOutcome:
+        """See `Reducer.finish_step`."""
+        return UNCHANGED
+
+    def notes(self) -> Mapping[str, Any]:
+        """See `Reducer.notes`."""
+        return {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RandomDrop:
-    """A baseline: as many tokens as `policy` would keep, chosen at random.
+class FullContext(PlainReducer):
+    """No reduction: every step runs on every reference token."""
 
-    Attributes:
-        policy: decides roles and counts.
-        seed: of the choice; the same influence and seed give the same tokens.
-    """
-
-    policy: ToPi
-    seed: int = 0
-
-    @property
-    def score_every(self) -> int:
-        """See `Policy.score_every`."""
-        return self.policy.score_every
-
-    def role(self, step: int) -> Role:
-        """See `Policy.role`."""
-        return self.policy.role(step)
-
-    def select(self, influence: torch.Tensor, ladder: Ladder) -> torch.Tensor:
-        """See `Policy.select`."""
-        import numpy as np
-        import torch
-
-        count = self.policy.select(influence, ladder).shape[1]
-        # Seeded by the scores as well: other anchors and samples get other tokens.
-        salt = int(influence.double().sum().view(torch.int64)) & 0xFFFFFFFFFFFFFFFF
-        mixed = np.random.SeedSequence([self.seed, salt]).generate_state(1)
-        generator = torch.Generator().manual_seed(int(mixed[0]))
-        order = torch.rand(influence.shape, generator=generator).argsort(dim=1)[:, :count]
-        return order.sort(dim=1).values.to(influence.device)
+    def begin(self) -> Reducer:
+        """See `Policy.begin`."""
+        return self
 
 
-def _check_count(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UsageError(f"{name} must be an integer of at least 1, got {value!r}")
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Raise `UsageError` where an option is no whole number of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UsageError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def check_share(name: str, value: object, advice: str) -> None:
+    """Raise `UsageError` where an option is no number in [0, 1]."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not 0.0 <= value <= 1.0:  # type: ignore[operator]
+        raise UsageError(f"{name} must be a number in [0, 1], got {value!r}; {advice}")

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     import torch
 
 
+ROLES = ("full", "anchor", "reduced", "reuse")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecord:
     """One call of the transformer.
@@ -17,14 +20,17 @@ class StepRecord:
     Attributes:
         step: from 0, counted a branch.
         branch: "cond" or "uncond".
-        role: "full", "anchor" or "reduced".
+        role: "full", "anchor", "reduced", or "reuse" where a step cache spared BACK.
         timestep: as the transformer was given it.
         batch, num_noisy, num_text, num_reference: sizes of the call.
-        num_kept: reference tokens that BACK ran on.
+        num_kept: reference tokens that BACK ran on, of those of `num_reference`; on a reused step
+            those that it would have run on.
+        num_noisy_kept: noisy tokens that BACK ran on.
         rung: the ladder's rung that served them.
         front_ms, gather_ms, back_ms, select_ms, other_ms: wall-clock milliseconds; on a GPU those
             of submitting the work unless the session was made with `timing=True`.
-        kept_indices: (B, K') tokens that the steps after an anchor run on, else none.
+        kept_indices: (B, K') tokens that the steps after an anchor run on, or that a reduced step
+            chose for itself; else none.
     """
 
     step: int
@@ -36,6 +42,7 @@ class StepRecord:
     num_text: int
     num_reference: int
     num_kept: int
+    num_noisy_kept: int
     rung: int
     front_ms: float
     gather_ms: float
@@ -52,9 +59,15 @@ class StepRecord:
 
 @dataclass(slots=True)
 class RunReport:
-    """All calls of one request, in order."""
+    """All calls of one request, in order.
+
+    Attributes:
+        steps: the calls.
+        notes: what the policy has to say of the request.
+    """
 
     steps: list[StepRecord] = field(default_factory=list)
+    notes: dict[str, Any] = field(default_factory=dict)
 
     def of_role(self, role: str) -> list[StepRecord]:
         """The records of one role."""
@@ -66,15 +79,21 @@ class RunReport:
         return _mean((r.num_kept / max(r.num_reference, 1) for r in self.of_role("reduced")), 1.0)
 
     @property
+    def back_calls(self) -> int:
+        """Calls that ran BACK."""
+        return len(self.steps) - len(self.of_role("reuse"))
+
+    @property
     def total_ms(self) -> float:
         """Milliseconds in the transformer, all calls."""
         return sum(record.total_ms for record in self.steps)
 
     def as_dict(self, *, with_steps: bool = True) -> dict[str, Any]:
         """Plain values for JSON; kept indices are left out."""
-        roles = {role: self.of_role(role) for role in ("full", "anchor", "reduced")}
+        roles = {role: self.of_role(role) for role in ROLES}
         summary: dict[str, Any] = {
             "calls": len(self.steps),
+            "back_calls": self.back_calls,
             "calls_by_role": {role: len(records) for role, records in roles.items()},
             "kept_ratio": round(self.kept_ratio, 4),
             "total_ms": round(self.total_ms, 3),
@@ -84,6 +103,8 @@ class RunReport:
                 if records
             },
         }
+        if self.notes:
+            summary["policy_notes"] = dict(self.notes)
         if with_steps:
             summary["steps"] = [
                 {

@@ -27,17 +27,12 @@ from torch import Tensor
 
 from ditrim.engines.ladder import Ladder
 from ditrim.plugins.errors import UsageError
+from ditrim.runtime.policy import TokenGrid
 
 BINS = 256
 BLUR_SIZE = 11
 BLUR_STD = 1.0
 
-# The bias omega that the paper used (Sec. 4.1): PIEBench, and 0.3 for Qwen on GEdit-Bench.
-OMEGA = {"flux-kontext": 0.4, "qwen-edit": 0.1}
-# Its steps with all tokens at the start: 2 of 28 and 4 of 50.
-FULL_STEPS = {"flux-kontext": 2, "qwen-edit": 4}
-
-TokenGrid = tuple[int, int]
 Scalar = Tensor | float
 
 

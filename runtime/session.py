@@ -15,10 +15,13 @@ from torch import Tensor
 
 from ditrim.engines.load import load_engines
 from ditrim.plugins.errors import UsageError
-from ditrim.runtime.denoiser import BranchState, Denoiser, ModelInputs
-from ditrim.runtime.policy import Policy, ToPi
+from ditrim.runtime.denoiser import Denoiser, DenoiserState
+from ditrim.runtime.model_inputs import ModelInputs
+from ditrim.runtime.policy import Policy
 from ditrim.runtime.report import RunReport, StepRecord
 from ditrim.runtime.rope import Grid, RopeTables, flux_ids, flux_rope, qwen_rope
+from ditrim.runtime.step_cache import StepCache
+from ditrim.runtime.topi import ToPi
 
 if TYPE_CHECKING:
     from ditrim.engines.backend import Engines
@@ -32,12 +35,12 @@ class SessionState:
     Attributes:
         index: steps done.
         latents: (B, G, c) after them.
-        branches: kept tokens and step counts a guidance branch.
+        denoiser: kept tokens and step counts of each guidance branch, and the policy's memory.
     """
 
     index: int
     latents: Tensor
-    branches: dict[str, BranchState]
+    denoiser: DenoiserState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +74,8 @@ class EditSession:
         engines: str | os.PathLike[str] | EngineSet | Engines,
         policy: Policy | None = None,
         *,
+        cache: StepCache | None = None,
+        region: Tensor | None = None,
         device: str = "auto",
         threads: int = 0,
         timing: bool = False,
@@ -81,12 +86,18 @@ class EditSession:
             engines: a folder, an `EngineSet`, or what `load_engines` returned (to share it).
             policy: defaults to `ToPi()`.
             device, threads: see `load_engines`.
-            timing: see `Denoiser`.
+            cache, region, timing: see `Denoiser`.
         """
         loaded: Any = engines
         if not hasattr(engines, "run"):
             loaded = load_engines(engines, device=device, threads=threads)
-        self._denoiser = Denoiser(loaded, policy if policy is not None else ToPi(), timing=timing)
+        self._denoiser = Denoiser(
+            loaded,
+            policy if policy is not None else ToPi(),
+            cache=cache,
+            region=region,
+            timing=timing,
+        )
         manifest = self._denoiser.engines.engine_set.manifest
         self._run = 0
         self._is_flux = manifest.architecture == "flux"
@@ -182,7 +193,7 @@ class EditSession:
                     f"latents {tuple(noisy.shape)}"
                 )
             latents, start = resume.latents.float(), resume.index
-            self._denoiser.restore(resume.branches)
+            self._denoiser.restore(resume.denoiser)
         return self._steps(
             latents, start, levels, grids, reference, branches, true_cfg_scale, guidance
         )
@@ -220,6 +231,8 @@ class EditSession:
                         text_embeds=text,
                         text_mask=mask,
                         timestep=torch.full((batch,), sigma),
+                        time=sigma,
+                        grids=tuple(grid[1:] for grid in grids),
                         guidance=None if guidance is None else torch.full((batch,), guidance),
                         pooled_text=pooled,
                         rope_key=(tuple(grids), num_text),
@@ -230,7 +243,8 @@ class EditSession:
             if "uncond" in velocities:
                 velocity = self._guided(velocity, velocities["uncond"], true_cfg_scale)
             velocity = velocity.to(latents.device)
-            latents = latents + (next_sigma - sigma) * velocity
+            changed = denoiser.finish_step(latents, velocity, sigma, next_sigma)
+            latents = latents + (next_sigma - sigma) * velocity if changed is None else changed
             yield EditStep(
                 index=index,
                 num_steps=num_steps,
@@ -240,7 +254,7 @@ class EditSession:
                 velocity=velocity,
                 records=tuple(denoiser.report.steps[before:]),
                 state=SessionState(
-                    index=index + 1, latents=latents.clone(), branches=denoiser.snapshot()
+                    index=index + 1, latents=latents.clone(), denoiser=denoiser.snapshot()
                 ),
             )
 

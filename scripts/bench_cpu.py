@@ -25,7 +25,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +32,13 @@ import torch
 
 from ditrim.engines.build import build_engine_set
 from ditrim.engines.flops import CallSize, MatrixProduct, call_flops, graph_products
-from ditrim.engines.ladder import Ladder
 from ditrim.engines.load import load_engines
 from ditrim.engines.options import BuildOptions
-from ditrim.runtime.denoiser import Denoiser, ModelInputs
-from ditrim.runtime.policy import FullContext, ToPi
+from ditrim.runtime.denoiser import Denoiser
+from ditrim.runtime.model_inputs import ModelInputs
+from ditrim.runtime.policy import FullContext
 from ditrim.runtime.rope import qwen_rope
-from ditrim.runtime.schedule import Role
+from ditrim.runtime.topi import ToPi
 
 NUM_LAYERS, FRONT_DEPTH, LAYERS = 8, 1, (4, 5, 6)
 CONFIG: dict[str, Any] = {
@@ -50,18 +49,9 @@ CONFIG: dict[str, Any] = {
 STEPS, INTERVAL = 40, 10
 
 
-@dataclass(frozen=True)
-class FixedCount:
-    """A policy for measuring: after one anchor, every step runs on the first `count` tokens."""
-
-    count: int
-    score_every: int = 1
-
-    def role(self, step: int) -> Role:
-        return "anchor" if step == 0 else "reduced"
-
-    def select(self, influence: torch.Tensor, ladder: Ladder) -> torch.Tensor:
-        return torch.arange(self.count).expand(influence.shape[0], -1).contiguous()
+def fixed_count(count: int) -> ToPi:
+    """A policy for measuring: after one anchor, every step runs on `count` tokens."""
+    return ToPi(tau=0.0, min_kept=count, max_kept=count, is_static=True)
 
 
 def step_runner(denoiser: Denoiser, inputs: ModelInputs) -> Callable[[], None]:
@@ -169,7 +159,7 @@ def main() -> int:
         rope_key=("bench",),
         make_rope=lambda: qwen_rope(grids, text, config["axes_dims_rope"], torch.device("cpu")),
     )
-    denoisers = {f"rung {rung}": Denoiser(engines, FixedCount(count=rung)) for rung in rungs}
+    denoisers = {f"rung {rung}": Denoiser(engines, fixed_count(rung)) for rung in rungs}
     denoisers["full"] = Denoiser(engines, FullContext())
     denoisers["anchor"] = Denoiser(engines, ToPi(interval=1))
 

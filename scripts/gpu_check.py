@@ -341,7 +341,8 @@ def step_times(report: Any) -> dict[str, float]:
 def small_editor(context: Context, backend: str, precision: str) -> tuple[dict[str, Any], Any]:
     """The small editor on a backend against ONNX Runtime's CPU in float32."""
     from ditrim.engines.load import load_engines
-    from ditrim.runtime.policy import FullContext, ToPi
+    from ditrim.runtime.policy import FullContext
+    from ditrim.runtime.topi import ToPi
 
     count, steps = (2, 10) if context.is_quick else (8, 40)
     policies = {"full context": FullContext(), "ToPi": ToPi(tau=0.85, interval=5)}

@@ -30,8 +30,9 @@ LIMIT_SECONDS, LIMIT_BYTES = 60, 1_500_000_000
 
 def write_sparse_checkpoint(model: str, folder: Path) -> dict[str, Any]:
     """A bfloat16 checkpoint in the released layout whose weights take no room on the disk."""
-    from ditrim.export.checkpoint import INDEX_NAME, empty_transformer
+    from ditrim.export.checkpoint import INDEX_NAME
     from ditrim.export.family import FAMILIES
+    from ditrim.export.transformer import empty_transformer
 
     family = FAMILIES[model]
     transformer: Any = empty_transformer(family, family.config, "the configuration")

@@ -42,7 +42,7 @@ def fake() -> ModuleType:
 @pytest.fixture
 def fake_graphs(fake: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Let builds in this process have fake graphs."""
-    monkeypatch.setattr(build, "_write_graphs", fake.write_graphs)
+    monkeypatch.setattr(build, "write_graphs", fake.write_graphs)
     return fake
 
 

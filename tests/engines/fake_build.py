@@ -55,14 +55,14 @@ def write_graph(folder: Path, role: str, num_bytes: int = WEIGHT_BYTES) -> Graph
     )
 
 
-def write_graphs(plan: Any, folder: Path, progress: Any) -> tuple[dict[str, GraphSpec], Any]:
-    """In place of `build._write_graphs`; every other byte depends on the seed."""
+def write_graphs(task: Any, folder: Path, progress: Any) -> tuple[dict[str, GraphSpec], Any]:
+    """In place of `build.write_graphs`; every other byte depends on the seed."""
     graphs = {}
     for role in ("front", "back"):
         progress.stage(f"Trace {role}")
         graphs[role] = write_graph(folder, role, int(os.environ.get("FAKE_BYTES", WEIGHT_BYTES)))
         progress.stage(f"Write {role}")
-    return graphs, {"num_layers": plan.split.num_layers, "seed": plan.source.seed}
+    return graphs, {"num_layers": task.split.num_layers, "seed": task.source.seed}
 
 
 def _signal_at(moment: str, number: int) -> None:
@@ -106,7 +106,7 @@ def _signal_at(moment: str, number: int) -> None:
 if __name__ == "__main__":
     from ditrim.engines.cli import main
 
-    build._write_graphs = write_graphs
+    build.write_graphs = write_graphs
     signal.signal(signal.SIGINT, signal.default_int_handler)
     arguments = sys.argv[1:]
     if arguments[0] == "--at":

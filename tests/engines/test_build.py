@@ -172,7 +172,7 @@ def test_checkpoint_that_changes_during_the_build_replaces_nothing(
         os.utime(next((copy / "transformer").glob("*.safetensors")))
         return fake_graphs.write_graphs(plan, folder, progress)
 
-    monkeypatch.setattr(build, "_write_graphs", touch_and_write)
+    monkeypatch.setattr(build, "write_graphs", touch_and_write)
     with pytest.raises(CheckpointError, match="changed while the engine set was built; nothing"):
         build_engine_set(BuildOptions(weights=str(copy), output=str(tmp_path / "set")))
     assert os.listdir(tmp_path) == ["pipeline"]
@@ -198,7 +198,7 @@ def test_failure_keeps_the_previous_set(
     def fail(plan: Any, folder: Path, progress: Any) -> Any:
         raise RuntimeError("exporter")
 
-    monkeypatch.setattr(build, "_write_graphs", fail)
+    monkeypatch.setattr(build, "write_graphs", fail)
     with pytest.raises(RuntimeError, match="exporter"):
         build_engine_set(replace(options, seed=5))
     assert load_engine_set(engine_folder, verify="hashes").manifest.source["seed"] == 0

@@ -16,9 +16,9 @@ from ditrim.export.checkpoint import (
     check_config,
     fetch_checkpoint,
     find_checkpoint,
-    load_transformer,
 )
 from ditrim.export.family import FAMILIES, Family
+from ditrim.export.transformer import load_transformer
 from ditrim.plugins.errors import CheckpointError, UsageError
 
 QWEN = FAMILIES["qwen-edit"]

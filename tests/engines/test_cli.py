@@ -19,6 +19,7 @@ def test_build_prints_what_was_built(
     printed = capsys.readouterr()
     assert f"s: {tmp_path / 'set'}" in printed.out
     assert "60 layers, front depth 10, scored layers 35, 37, 42 (ToPi App. C.3)" in printed.out
+    assert "(3, 6, 9, 12, 15, 18, 21, 24), kept counts in steps of 1, noisy 16, text" in printed.out
     assert "Trace front" in printed.err
     assert main([*arguments, "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)

@@ -96,6 +96,46 @@ def test_what_is_no_manifest_is_a_clear_error(text: str) -> None:
         Manifest.from_json(text)
 
 
+def with_layer_scores(content: dict[str, Any], shape: list[Any]) -> dict[str, Any]:
+    """A manifest's content whose BACK tells the scores of its layers."""
+    output = {"name": "layer_scores", "dtype": "float32", "shape": shape}
+    back = content["graphs"]["back"]
+    graphs = content["graphs"] | {"back": back | {"outputs": [*back["outputs"], output]}}
+    return content | {"graphs": graphs}
+
+
+def test_manifest_older_than_detailed_layers_is_read(text: str) -> None:
+    content = json.loads(text)
+    assert content.pop("detailed_layers") == []
+    assert Manifest.from_json(sealed(content)) == Manifest.from_json(text)
+
+
+def test_detailed_layers_survive_a_round_trip(text: str) -> None:
+    content = with_layer_scores(json.loads(text), ["batch", 2, 3, "reference"])
+    manifest = Manifest.from_json(sealed(content | {"detailed_layers": [10, 11]}))
+    assert manifest.detailed_layers == (10, 11)
+    assert Manifest.from_json(manifest.to_json()) == manifest
+
+
+@pytest.mark.parametrize(
+    ("layers", "shape", "message"),
+    [
+        ([10], None, "'detailed_layers' names 1 layers, which does not fit the outputs of"),
+        ([10], ["batch", 2, 3, "reference"], "'detailed_layers' names 1 layers"),
+        ([], ["batch", 2, 3, "reference"], "'detailed_layers' names 0 layers"),
+        ([True], ["batch", 1, 3, "reference"], r"'detailed_layers\[0\]' must be a whole number"),
+    ],
+)
+def test_detailed_layers_that_do_not_fit_the_graph_are_named(
+    text: str, layers: list[Any], shape: list[Any] | None, message: str
+) -> None:
+    content = json.loads(text) | {"detailed_layers": layers}
+    if shape is not None:
+        content = with_layer_scores(content, shape)
+    with pytest.raises(EngineSetError, match=message):
+        Manifest.from_json(sealed(content))
+
+
 def plan_content() -> dict[str, Any]:
     """A plan as a manifest holds it."""
     size = {"least": 1, "best": 2, "most": 4}

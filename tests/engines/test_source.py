@@ -66,9 +66,10 @@ def test_flux_depth_is_cut_in_the_models_ratio() -> None:
         ({"front_depth": 60}, r"--front-depth is 60; allowed: 0 to 59, since the model has 60"),
         (
             {"front_depth": 36},
-            r"representative layer 35 is not a layer of BACK, which are 36 to 59",
+            r"layer 35, from the model's own \(ToPi App\. C\.3\), is not a layer of BACK, which "
+            r"are 36 to 59; choose others with --layers, or another --front-depth",
         ),
-        ({"layers": (35, 60)}, r"representative layer 60 is not a layer of BACK, which are 10 to"),
+        ({"layers": (35, 60)}, r"layer 60, given with --layers, is not a layer of BACK, which are"),
         ({"layers": (37, 35)}, r"--layers 37,35 must increase and not repeat"),
         ({"config": {"num_layers": "many"}}, r"num_layers is 'many'; it must be a whole number"),
         ({"config": {"num_layers": 0}}, r"has no layers; it needs at least one"),
@@ -122,6 +123,48 @@ def test_preset_takes_its_own_calibration(
     calibration.write_text("{}")
     with pytest.raises(CheckpointError, match=r"calibration\.json is damaged .*front_depth"):
         find_source(options)
+
+
+@pytest.mark.parametrize(
+    ("calibration", "given", "message"),
+    [
+        (
+            {"front_depth": 1, "representative_layers": [2, 5]},
+            {},
+            r"layer 5, from the calibration shipped with the 'small' model, is not a layer of "
+            r"BACK, which are 1 to 2; choose others with --layers, or another --front-depth",
+        ),
+        (
+            {"front_depth": 1, "representative_layers": [1]},
+            {"front_depth": 2},
+            r"layer 1, from the calibration .* which are 2 to 2",
+        ),
+        (
+            {"front_depth": 3, "representative_layers": [4]},
+            {},
+            r"the calibration's front depth is 3; allowed: 0 to 2, .* another with --front-depth",
+        ),
+        (
+            {"front_depth": 1, "representative_layers": [5]},
+            {"layers": (7,)},
+            r"layer 7, given with --layers, is not a layer of BACK",
+        ),
+    ],
+)
+def test_layers_that_do_not_fit_say_where_they_came_from(
+    pipeline_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    calibration: dict[str, Any],
+    given: dict[str, Any],
+    message: str,
+) -> None:
+    shutil.copytree(pipeline_folder / "transformer", tmp_path / "transformer")
+    monkeypatch.setattr(module, "small_editor_folder", lambda: tmp_path)
+    (tmp_path / "calibration.json").write_text(json.dumps(calibration))
+    options = BuildOptions(preset="small", **given)
+    with pytest.raises(UsageError, match=message):
+        choose_split(options, find_source(options))
 
 
 @pytest.mark.parametrize(

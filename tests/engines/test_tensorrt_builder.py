@@ -32,12 +32,10 @@ from ditrim.engines.tensorrt_builder import (
     describe_target,
     explain_failure,
 )
-from ditrim.engines.tensorrt_graph import graph_for_backend, log_sum_exp_at_once
 from ditrim.engines.tensorrt_library import Gpu, present_gpu
 from ditrim.plugins.errors import BackendError, UsageError
 from ditrim.plugins.log_sum_exp import DOMAIN
 from ditrim.plugins.onnx_function import OPSET, log_sum_exp_function
-from ditrim.plugins.reference import log_sum_exp_reference
 
 HAS_RTX = importlib.util.find_spec("tensorrt_rtx") and importlib.util.find_spec("polygraphy")
 needs_rtx = pytest.mark.skipif(not HAS_RTX, reason="tensorrt-rtx and polygraphy are not installed")
@@ -492,52 +490,6 @@ def test_failures_of_the_builder_say_what_to_lower(tmp_path: Path, line: str, me
     assert re.search(message, text), text
     assert text.count(line) == 1  # said once, and not the loader's own words
     assert "Invalid Engine" not in text
-
-
-def test_scoring_at_once_agrees_with_the_float64_reference() -> None:
-    import onnxruntime
-
-    generator = np.random.default_rng(1)
-    queries = generator.standard_normal((2, 3, 5, 16), np.float32)
-    keys = generator.standard_normal((2, 3, 9, 16), np.float32)
-    bias = generator.standard_normal((2, 3, 9), np.float32)
-    bias[:, :, 0] = -np.inf
-    node = helper.make_node("LogSumExp", ["q", "k", "b"], ["y"], domain=DOMAIN, scale=0.25)
-    tensors = {"q": queries, "k": keys, "b": bias}
-    inputs = [
-        helper.make_tensor_value_info(name, TensorProto.FLOAT, value.shape)
-        for name, value in tensors.items()
-    ]
-    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 3, 5])
-    graph = helper.make_graph([node], "g", inputs, [output])
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)]
-    portable = helper.make_model(
-        graph, functions=[log_sum_exp_function()], opset_imports=opsets, ir_version=10
-    )
-    changed = graph_for_backend(portable, "tensorrt-rtx")
-    assert changed.functions[0] == log_sum_exp_at_once()
-    assert portable.functions[0] == log_sum_exp_function()
-    operators = {item.op_type for item in changed.functions[0].node}
-    assert not operators & {"Scan", "Loop"}
-    session = onnxruntime.InferenceSession(changed.SerializeToString())
-    (found,) = session.run(None, tensors)
-    expected = log_sum_exp_reference(queries, keys, bias, 0.25)
-    error = float(np.abs(found - expected).max())
-    assert error < 1e-5, error
-
-
-def test_graph_for_tensorrt_has_the_plugin_and_no_function(tmp_path: Path) -> None:
-    write_graph(tmp_path / "back.onnx", "bf16", scored=True)
-    model = onnx.load(str(tmp_path / "back.onnx"))
-    changed = graph_for_backend(model, "tensorrt")
-    assert not changed.functions
-    scored = [node for node in changed.graph.node if node.op_type == "LogSumExp"]
-    assert len(scored) == 2
-    assert all(any(item.name == "aot" for item in node.attribute) for node in scored)
-    write_graph(tmp_path / "front.onnx", "bf16", scored=False)
-    plain = onnx.load(str(tmp_path / "front.onnx"))
-    assert graph_for_backend(plain, "tensorrt") is plain
-    assert graph_for_backend(plain, "tensorrt-rtx") is plain
 
 
 def test_missing_library_is_named_with_how_to_install_it() -> None:

@@ -214,9 +214,9 @@ def test_kept_tokens_are_those_of_equation_10(loaded: Any, monkeypatch: Any) -> 
     seen: list[torch.Tensor] = []
     original = ditrim.ToPi.select
 
-    def spy(self: Any, influence: torch.Tensor, ladder: Any) -> torch.Tensor:
-        seen.append(influence.clone())
-        return original(self, influence, ladder)
+    def spy(self: Any, call: Any) -> Any:
+        seen.append(call.influence.clone())
+        return original(self, call)
 
     monkeypatch.setattr(ditrim.ToPi, "select", spy)
     pipe = tiny_pipeline("qwen-edit")

@@ -1,0 +1,270 @@
+"""FRONT and BACK as a denoiser calls them: tensors in, what a reduction leaves, tensors out."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ditrim.engines.backend import Engines
+from ditrim.runtime.model_inputs import ModelInputs, rows_of
+from ditrim.runtime.policy import Reduction
+from ditrim.runtime.rope import RopeTables
+
+_CACHED_TABLES = 16
+
+
+@dataclass(slots=True)
+class Clock:
+    """Splits a call's wall-clock time into named parts."""
+
+    wait: Callable[[], None] | None
+    parts: dict[str, float] = field(default_factory=dict)
+    last: float = field(default_factory=time.perf_counter)
+
+    def lap(self, part: str) -> None:
+        if self.wait is not None:
+            self.wait()
+        now = time.perf_counter()
+        self.parts[part] = self.parts.get(part, 0.0) + (now - self.last) * 1e3
+        self.last = now
+
+
+@dataclass(slots=True)
+class FrontResult:
+    """FRONT's results for batch entries whose text is equally long.
+
+    Attributes:
+        rows: the entries, or none where it is the whole batch.
+        hidden: FRONT's outputs.
+        rope: the tables that FRONT ran on.
+        tables: of the whole geometry.
+    """
+
+    rows: Tensor | None
+    hidden: dict[str, Tensor]
+    rope: dict[str, Tensor]
+    tables: RopeTables
+
+
+@dataclass(frozen=True, slots=True)
+class BackResult:
+    """BACK's outputs; `scores` are the layers' own, where the engine set tells them."""
+
+    velocity: Tensor
+    influence: Tensor
+    scores: Tensor
+    lengths: tuple[int, int]  # noisy and reference tokens that it ran on
+
+
+class EngineCalls:
+    """Calls loaded engines; remembers position tables from step to step."""
+
+    def __init__(self, engines: Engines) -> None:
+        """Take engines from `load_engines`."""
+        self.engines = engines
+        self._tables: OrderedDict[tuple[object, ...], RopeTables] = OrderedDict()
+        self._expanded: OrderedDict[tuple[object, ...], tuple[Tensor, Tensor]] = OrderedDict()
+        self._gathered: tuple[Tensor, RopeTables, tuple[Tensor, Tensor]] | None = None
+        manifest = engines.engine_set.manifest
+        back = manifest.graphs["back"]
+        self._width = _last_axis(back.inputs, "noisy")
+        self._out_channels = _last_axis(back.outputs, "velocity")
+        self._has_reference_temb = any(spec.name == "reference_temb" for spec in back.inputs)
+        self.has_scores = any(spec.name == "layer_scores" for spec in back.outputs)
+
+    def run_front(
+        self,
+        inputs: ModelInputs,
+        group: tuple[Tensor, Tensor | None],
+        early: Tensor | None,
+        clock: Clock,
+    ) -> FrontResult:
+        """FRONT over batch entries whose text is equally long."""
+        rows, text_rows = group
+        inputs = rows_of(inputs, rows, text_rows)
+        device, dtype = self.engines.device, self.engines.dtype
+        batch, num_noisy = inputs.noisy_latents.shape[:2]
+        num_text = inputs.text_embeds.shape[1]
+        tables = self._rope(inputs)
+        text_cos, text_sin = tables.text
+        if text_rows is not None:
+            text_cos, text_sin = text_cos[text_rows], text_sin[text_rows]
+        reference = inputs.reference_latents.to(device, dtype)
+        if early is not None:
+            early = early if text_rows is None else early[rows]
+            reference = gather_rows(reference, early)
+            reference_rope = self._rope_at(tables, early)
+        else:
+            reference_rope = self._expanded_rope(inputs.rope_key, tables, batch)
+        num_reference = reference.shape[1]
+        rope = {
+            "noisy_rope_cos": tables.noisy[0],
+            "noisy_rope_sin": tables.noisy[1],
+            "text_rope_cos": text_cos[:num_text],
+            "text_rope_sin": text_sin[:num_text],
+            "reference_rope_cos": reference_rope[0],
+            "reference_rope_sin": reference_rope[1],
+        }
+
+        def ready(tensor: Tensor, as_type: torch.dtype = dtype) -> Tensor:
+            return tensor.to(device, as_type).contiguous()
+
+        front_inputs = {
+            "noisy_latents": ready(inputs.noisy_latents),
+            "reference_latents": reference.contiguous(),
+            "text_embeds": ready(inputs.text_embeds),
+            "timestep": ready(inputs.timestep, torch.float32),
+            **rope,
+        }
+        if inputs.guidance is not None:
+            front_inputs["guidance"] = ready(inputs.guidance, torch.float32)
+        if inputs.pooled_text is not None:
+            front_inputs["pooled_text"] = ready(inputs.pooled_text)
+        hidden = {
+            "noisy": self._empty(batch, num_noisy, self._width),
+            "reference": self._empty(batch, num_reference, self._width),
+            "text": self._empty(batch, num_text, self._width),
+            "temb": self._empty(batch, self._width),
+        }
+        if self._has_reference_temb:
+            hidden["reference_temb"] = self._empty(batch, self._width)
+        clock.lap("other")
+        self.engines.run("front", front_inputs, hidden)
+        clock.lap("front")
+        return FrontResult(None if text_rows is None else rows, hidden, rope, tables)
+
+    def run_back(
+        self,
+        front: FrontResult,
+        graph: str,
+        reduction: Reduction | None,
+        score_rows: Tensor,
+        clock: Clock,
+    ) -> BackResult:
+        """BACK on what a reduction leaves of FRONT's outputs."""
+        hidden, rope = dict(front.hidden), dict(front.rope)
+        if reduction is not None and not reduction.before_front and reduction.kept is not None:
+            if reduction.merge is not None:
+                hidden["reference"] = reduction.merge.merge(hidden["reference"])
+            else:
+                hidden["reference"] = gather_rows(hidden["reference"], reduction.kept)
+            cosines, sines = self._rope_at(front.tables, reduction.kept)
+            rope["reference_rope_cos"], rope["reference_rope_sin"] = cosines, sines
+            clock.lap("gather")
+        if reduction is None or reduction.noisy_merge is None:
+            return self._call_back(graph, hidden, rope, score_rows, clock)
+        merge = reduction.noisy_merge
+        hidden["noisy"] = merge.merge(hidden["noisy"])
+        clock.lap("gather")
+        # The noisy tables have no batch axis: entries that keep other tokens run one by one.
+        parts = []
+        first_rows = torch.zeros(1, dtype=torch.int64, device=self.engines.device)
+        for entry in range(len(merge.kept)):
+            tokens = merge.kept[entry]
+            one = {
+                name: tensor[entry : entry + 1].contiguous()
+                for name, tensor in (hidden | _batched(rope)).items()
+            }
+            for name, table in zip(("cos", "sin"), front.tables.noisy, strict=True):
+                one[f"noisy_rope_{name}"] = table[tokens]
+                one[f"text_rope_{name}"] = rope[f"text_rope_{name}"]
+            parts.append(self._call_back(graph, one, {}, first_rows, clock))
+        velocity = merge.unmerge(torch.cat([part.velocity for part in parts]))
+        clock.lap("gather")
+        return replace(
+            parts[0],
+            velocity=velocity,
+            influence=torch.cat([part.influence for part in parts]),
+        )
+
+    def _call_back(
+        self,
+        graph: str,
+        hidden: dict[str, Tensor],
+        rope: dict[str, Tensor],
+        score_rows: Tensor,
+        clock: Clock,
+    ) -> BackResult:
+        batch, num_noisy = hidden["noisy"].shape[:2]
+        num_kept = hidden["reference"].shape[1]
+        outputs = {
+            "velocity": self._empty(batch, num_noisy, self._out_channels),
+            "influence": self._empty(batch, num_kept, as_type=torch.float32),
+        }
+        if self.has_scores:
+            num_layers = len(self.engines.engine_set.manifest.detailed_layers)
+            outputs["layer_scores"] = self._empty(
+                batch, num_layers, 3, num_kept, as_type=torch.float32
+            )
+        clock.lap("other")
+        self.engines.run(graph, {**hidden, **rope, "score_rows": score_rows}, outputs)
+        clock.lap("back")
+        return BackResult(
+            outputs["velocity"],
+            outputs["influence"],
+            outputs.get("layer_scores", outputs["influence"]),
+            (num_noisy, num_kept),
+        )
+
+    def _empty(self, *shape: int, as_type: torch.dtype | None = None) -> Tensor:
+        return torch.empty(shape, dtype=as_type or self.engines.dtype, device=self.engines.device)
+
+    def _rope_at(self, tables: RopeTables, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Reference tables at (B, K') tokens, (B, K', D/2) each; the last ones are remembered."""
+        if (
+            self._gathered is None
+            or self._gathered[0] is not kept
+            or self._gathered[1] is not tables
+        ):
+            cosines, sines = tables.reference
+            self._gathered = (kept, tables, (cosines[kept], sines[kept]))
+        return self._gathered[2]
+
+    def _rope(self, inputs: ModelInputs) -> RopeTables:
+        if inputs.rope_key not in self._tables:
+            self._tables[inputs.rope_key] = inputs.make_rope()
+            while len(self._tables) > _CACHED_TABLES:
+                self._tables.popitem(last=False)
+        self._tables.move_to_end(inputs.rope_key)
+        return self._tables[inputs.rope_key]
+
+    def _expanded_rope(
+        self, key: tuple[object, ...], tables: RopeTables, batch: int
+    ) -> tuple[Tensor, Tensor]:
+        """Reference tables repeated for a batch, (B, C, D/2) each."""
+        full_key = (key, batch)
+        if full_key not in self._expanded:
+            cosines, sines = tables.reference
+            self._expanded[full_key] = (
+                cosines.expand(batch, -1, -1).contiguous(),
+                sines.expand(batch, -1, -1).contiguous(),
+            )
+            while len(self._expanded) > _CACHED_TABLES:
+                self._expanded.popitem(last=False)
+        self._expanded.move_to_end(full_key)
+        return self._expanded[full_key]
+
+
+def gather_rows(hidden: Tensor, kept: Tensor) -> Tensor:
+    """Rows of each batch entry (ToPi Eq. 12): (B, C, d) at (B, K') -> (B, K', d)."""
+    gathered = hidden.new_empty(kept.shape[0], kept.shape[1], hidden.shape[2])
+    for entry in range(kept.shape[0]):
+        torch.index_select(hidden[entry], 0, kept[entry], out=gathered[entry])
+    return gathered
+
+
+def _last_axis(specs: object, name: str) -> int:
+    for spec in specs:  # type: ignore[attr-defined]
+        if spec.name == name:
+            return int(spec.shape[-1])
+    raise AssertionError(f"the manifest has no tensor {name}")
+
+
+def _batched(rope: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tables with a batch axis."""
+    return {name: table for name, table in rope.items() if name.startswith("reference")}
