@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ditrim.engines.options import PLAN_BACKENDS, BuildOptions
+from ditrim.plugins.errors import UsageError
 
 _TOKEN_PIXELS = 16 * 16
 
@@ -56,12 +58,22 @@ def _half_size(state: _Changed) -> _Changed | None:
     return replace(options, precision=precision), without
 
 
+def _shortened(options: BuildOptions, **changes: Any) -> BuildOptions | None:
+    """The options with shorter lengths; none where another option asks for more than is left."""
+    try:
+        return replace(options, **changes)
+    except UsageError:  # as --granularity or --min-noisy-tokens
+        return None
+
+
 def _fewer_references(state: _Changed) -> _Changed | None:
     options, without = state
     if options.preset or options.ladder or options.max_reference_tokens:
         return None
-    one = replace(options, num_references=1)
-    return (one, without) if one.reference_ladder != options.reference_ladder else None
+    one = _shortened(options, num_references=1)
+    if one is None or one.reference_ladder == options.reference_ladder:
+        return None
+    return one, without
 
 
 def _pictures_of(side: int) -> Callable[[_Changed], _Changed | None]:
@@ -70,7 +82,8 @@ def _pictures_of(side: int) -> Callable[[_Changed], _Changed | None]:
         given = options.ladder or options.max_reference_tokens or options.max_noisy_tokens
         if options.preset or given or options.limits.noisy <= side * side // _TOKEN_PIXELS:
             return None
-        return replace(options, resolution=(side, side)), without
+        smaller = _shortened(options, resolution=(side, side))
+        return None if smaller is None else (smaller, without)
 
     return lower
 

@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 
 # An honest manifest has some tens of kilobytes; a larger file is not read into memory.
 _MANIFEST_BYTES = 16 * 1024 * 1024
-_SWITCHES = ("--separate-anchor", "--allow-unfused", "--graph-only", "--weights-stripped")
+_SWITCHES = (
+    "--separate-anchor",
+    "--allow-unfused",
+    "--graph-only",
+    "--weights-stripped",
+    "--score-details",
+)
 _GRAPH_SUFFIX, _PLAN_SUFFIX = ".onnx", ".plan"
 # Options whose values follow from others: replacing one drops the ones that contradict it.
 _CONTRADICTED = {

@@ -276,12 +276,15 @@ class _Figures:
         config = complete_config(config, family.architecture)
         counts = count_parameters(config, family.architecture, split.front_depth)
         companions = COMPANIONS[family.architecture] if options.preset is None else ()
+        layers = split.representative_layers
+        if options.score_details:
+            layers = tuple(range(split.front_depth, split.num_layers))
         return cls(
             options=options,
             config=config,
             front_depth=split.front_depth,
             num_layers=split.num_layers,
-            layers=split.representative_layers,
+            layers=layers,
             num_parameters=counts.total,
             plans=tuple(
                 _plan(
@@ -292,7 +295,7 @@ class _Figures:
                     if role == "front"
                     else range(split.front_depth, split.num_layers),
                     counts.front if role == "front" else counts.back,
-                    len(split.representative_layers),
+                    len(layers),
                 )
                 for role in plan_roles(separate_anchor=options.separate_anchor)
             ),

@@ -32,6 +32,7 @@ _LIBRARIES = ("torch", "diffusers", "onnx", "onnxscript", "onnx-ir")
 _SOURCE_PACKAGES = ("ditrim.export", "ditrim.plugins")
 _ENGINE_MODULES = (
     "build.py",
+    "build_task.py",
     "graph_files.py",
     "ladder.py",
     "lengths.py",

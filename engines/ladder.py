@@ -14,7 +14,7 @@ class Ladder:
 
     Attributes:
         rungs: increasing lengths above 0; the last is the longest that is served.
-        granularity: kept counts are rounded up to a multiple of it, or to the longest.
+        granularity: kept counts are rounded up to a multiple of it, or to their rung.
     """
 
     rungs: tuple[int, ...]
@@ -66,8 +66,9 @@ class Ladder:
         return self.rungs[-1]
 
     def round_up(self, count: int) -> int:
-        """A kept count rounded up to the granularity, at most `longest`."""
-        return min(self.longest, -(-count // self.granularity) * self.granularity)
+        """A kept count rounded up to the granularity, but not past the rung that holds it."""
+        rung = self.rung_for(min(count, self.longest))
+        return min(rung, -(-count // self.granularity) * self.granularity)
 
     def rung_for(self, length: int) -> int:
         """The smallest rung that holds this many reference tokens.

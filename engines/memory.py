@@ -22,8 +22,10 @@ _SINGLE_STREAM = (17.0, 23.0)
 _ONNXRUNTIME = (15.5, 15.5)
 # Rows that the portable function scores at a time: `log_sum_exp.BLOCK_ROWS`, beside torch.
 _BLOCK_ROWS = 64
-# The same of TensorRT-RTX, and how many blocks at most: those of `tensorrt_graph`, beside onnx.
-_RTX_BLOCK_ROWS, _RTX_MOST_BLOCKS = 512, 16
+# The same of TensorRT-RTX, and how many blocks: those of `tensorrt_graph`, beside onnx.
+_RTX_BLOCK_ROWS, _RTX_LEAST_BLOCKS, _RTX_MOST_BLOCKS = 512, 8, 16
+# Code of a scored layer in a plan, for each profile: of the layer, and of each block of its rows.
+_SCORING_CODE, _BLOCK_CODE = 600_000, 680_000
 # How much of a block's logits comes on top of what the graph takes anyway.
 _DOUBLE_STREAM_LOGITS = 1.0
 _SINGLE_STREAM_LOGITS = 0.5
@@ -85,6 +87,14 @@ def _states_of(
     if architecture == "flux" and len(layers) and layers[-1] >= config["num_layers"]:
         return _SINGLE_STREAM
     return _DOUBLE_STREAM_TWO_TIMES if config.get("zero_cond_t") else _DOUBLE_STREAM
+
+
+def scoring_code_bytes(backend: str, num_rows: int) -> int:
+    """What a scored layer adds to a plan for each profile, where up to so many rows are scored."""
+    if backend != "tensorrt-rtx":
+        return _SCORING_CODE + _BLOCK_CODE  # assumed of the plugin
+    blocks = min(max(-(-num_rows // _RTX_BLOCK_ROWS), _RTX_LEAST_BLOCKS), _RTX_MOST_BLOCKS)
+    return _SCORING_CODE + _BLOCK_CODE * (blocks if num_rows > _RTX_BLOCK_ROWS else 1)
 
 
 def _rtx_block_rows(rows: int) -> int:

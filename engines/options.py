@@ -61,6 +61,8 @@ _MOST = {
 }
 _MOST_SEED = (1 << 63) - 1
 _MOST_WORKSPACE = 1 << 50
+# Of positions: frame, height and width.
+_NUM_AXES = 3
 # Keys of a configuration that hold whole numbers; the value is the largest.
 _MOST_CONFIG = {
     "num_layers": _MOST["num_layers"],
@@ -76,11 +78,11 @@ _MOST_CONFIG = {
 
 
 def _check_axes(value: Any) -> None:
-    is_list = isinstance(value, (list, tuple)) and len(value) > 0
-    if not is_list or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in value):
+    is_list = isinstance(value, (list, tuple)) and len(value) == _NUM_AXES
+    if not is_list or any(type(width) is not int or width < 2 or width % 2 for width in value):
         raise UsageError(
-            f"--config axes_dims_rope is {value!r}; it must be a list of whole numbers above 0 "
-            "that add up to attention_head_dim, as [16,56,56]"
+            f"--config axes_dims_rope is {value!r}; it must be a list of {_NUM_AXES} even numbers "
+            "above 0 that add up to attention_head_dim, as [16,56,56]"
         )
 
 

@@ -58,7 +58,8 @@ def _instantiate(family: Family, config: Mapping[str, Any], where: str) -> nn.Mo
         model: Any = make(**arguments)
     except Exception as error:
         raise CheckpointError(
-            f"{where}: diffusers cannot make a {make.__name__} of this configuration: {error}"
+            f"{where}: diffusers cannot make a {make.__name__} of this configuration: "
+            f"{str(error) or type(error).__name__}"
         ) from error
     head_dim, axes = arguments.get("attention_head_dim", 128), model.config.axes_dims_rope
     if sum(axes) != head_dim:

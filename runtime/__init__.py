@@ -11,18 +11,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ditrim.engines.load import load_engines
     from ditrim.runtime.attachment import Attachment, attach, detach
+    from ditrim.runtime.auto import Auto
     from ditrim.runtime.baselines import RandomDrop, ToMA, ToMeSD
+    from ditrim.runtime.cache_calibration import load_tea_cache
     from ditrim.runtime.importance_merge import ImportanceMerge
     from ditrim.runtime.policy import FullContext, Policy
     from ditrim.runtime.report import RunReport, StepRecord
     from ditrim.runtime.session import EditSession, EditStep, SessionState
-    from ditrim.runtime.step_cache import StepCache
+    from ditrim.runtime.step_cache import StepCache, TeaCache
     from ditrim.runtime.tokendrop import TokenDrop
     from ditrim.runtime.topi import CoverageToPi, ToPi
     from ditrim.runtime.transformer import EngineTransformer
 
 __all__ = [
     "Attachment",
+    "Auto",
     "CoverageToPi",
     "EditSession",
     "EditStep",
@@ -35,6 +38,7 @@ __all__ = [
     "SessionState",
     "StepCache",
     "StepRecord",
+    "TeaCache",
     "ToMA",
     "ToMeSD",
     "ToPi",
@@ -42,10 +46,12 @@ __all__ = [
     "attach",
     "detach",
     "load_engines",
+    "load_tea_cache",
 ]
 
 _HOMES = {
     "Attachment": "ditrim.runtime.attachment",
+    "Auto": "ditrim.runtime.auto",
     "CoverageToPi": "ditrim.runtime.topi",
     "EditSession": "ditrim.runtime.session",
     "EditStep": "ditrim.runtime.session",
@@ -58,6 +64,7 @@ _HOMES = {
     "SessionState": "ditrim.runtime.session",
     "StepRecord": "ditrim.runtime.report",
     "StepCache": "ditrim.runtime.step_cache",
+    "TeaCache": "ditrim.runtime.step_cache",
     "ToMA": "ditrim.runtime.baselines",
     "ToMeSD": "ditrim.runtime.baselines",
     "ToPi": "ditrim.runtime.topi",
@@ -65,6 +72,7 @@ _HOMES = {
     "attach": "ditrim.runtime.attachment",
     "detach": "ditrim.runtime.attachment",
     "load_engines": "ditrim.engines.load",
+    "load_tea_cache": "ditrim.runtime.cache_calibration",
 }
 
 

@@ -12,7 +12,7 @@ from ditrim.engines.load import load_engines
 from ditrim.plugins.errors import UsageError
 from ditrim.runtime.policy import Policy
 from ditrim.runtime.report import RunReport
-from ditrim.runtime.step_cache import StepCache
+from ditrim.runtime.step_cache import Cache
 from ditrim.runtime.topi import ToPi
 from ditrim.runtime.transformer import EngineTransformer
 
@@ -154,7 +154,7 @@ def attach(
     engines: str | os.PathLike[str] | EngineSet | Engines,
     policy: Policy | None = None,
     *,
-    cache: StepCache | None = None,
+    cache: Cache | None = None,
     region: Tensor | None = None,
     device: str = "auto",
     threads: int = 0,
@@ -256,7 +256,7 @@ def _check_scheduler(scheduler: Any, policy: Policy | None) -> None:
     is_stochastic = bool(getattr(scheduler.config, "stochastic_sampling", False))
     if "FlowMatchEulerDiscreteScheduler" not in names or is_stochastic:
         raise UsageError(
-            f"{type(policy).__name__} changes the scheduler's step and works with a "
+            f"{type(policy).__name__} acts on the scheduler's steps and works with a "
             "FlowMatchEulerDiscreteScheduler without stochastic_sampling; the pipeline has a "
             f"{names[0]}{' with it' if is_stochastic else ''}"
         )

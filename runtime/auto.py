@@ -18,7 +18,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ditrim.plugins.errors import UsageError
 from ditrim.runtime.policy import (
@@ -33,7 +33,7 @@ from ditrim.runtime.policy import (
     check_count,
     check_share,
 )
-from ditrim.runtime.quality import Outlook, QualityModel, load_quality
+from ditrim.runtime.quality import METHODS, Outlook, QualityModel, load_quality
 from ditrim.runtime.tokendrop import TokenDrop, TokenDropReducer
 from ditrim.runtime.topi import CoverageToPi
 
@@ -101,6 +101,7 @@ class Auto:
         look: steps before the choice.
         interval: steps between anchors where coverage is chosen.
         min_gain: share of the remaining work that must be saved, or the full context is run.
+        only: leave the other of the two out of the choice.
         front_share: FRONT's share of the blocks; 10 of 60 or 57 in the paper's split.
         tokendrop, coverage: options of the two.
     """
@@ -111,6 +112,7 @@ class Auto:
     look: int = 2
     interval: int = 10
     min_gain: float = 0.05
+    only: Literal["coverage", "tokendrop"] | None = None
     front_share: float = 1 / 6
     tokendrop: TokenDrop = field(default_factory=TokenDrop)
     coverage: CoverageToPi = field(default_factory=CoverageToPi)
@@ -120,6 +122,8 @@ class Auto:
         check_share("min_influence", self.min_influence, "0.85 keeps most of what matters")
         check_share("min_gain", self.min_gain, "0 takes any gain")
         check_share("front_share", self.front_share, "it is FRONT's share of the blocks")
+        if self.only not in (None, *METHODS):
+            raise UsageError(f"only must be one of {', '.join(METHODS)}, got {self.only!r}")
         check_count("look", self.look)
         check_count("interval", self.interval)
         quality = None
@@ -257,6 +261,7 @@ class AutoReducer(PlainReducer):
             candidates.append({"policy": "tokendrop", "ruled_out": drop})
         else:
             candidates.append(self._candidate("tokendrop", drop, work(drop.ratio)))
+        candidates = [item for item in candidates if policy.only in (None, item["policy"])]
         possible = [item for item in candidates if "ruled_out" not in item]
         best = min(possible, key=lambda item: item["cost"], default=None)
         floor = (

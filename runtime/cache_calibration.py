@@ -20,6 +20,7 @@ from ditrim.runtime.step_cache import (
     TOKENS,
     CacheMemory,
     FrontView,
+    StepCache,
     TeaCache,
     relative_changes,
 )
@@ -102,6 +103,16 @@ class Fit:
     r_squared: float
 
 
+def check_enough(num_points: int, degree: int) -> None:
+    """Raise `UsageError` where a polynomial would pass through all points, whatever they are."""
+    if num_points < degree + 2:
+        raise UsageError(
+            f"{num_points} different points cannot tell how well a polynomial of degree {degree} "
+            f"fits; it needs at least {degree + 2}: measure more samples or steps, or lower "
+            "--degree"
+        )
+
+
 def fit_polynomial(points: Sequence[ChangePoint], degree: int = 4) -> Fit:
     """Least squares: from the change of FRONT's output to that of the velocity.
 
@@ -112,13 +123,7 @@ def fit_polynomial(points: Sequence[ChangePoint], degree: int = 4) -> Fit:
     effects = np.array([point.velocity for point in points], dtype=np.float64)
     if not np.isfinite(changes).all() or not np.isfinite(effects).all():
         raise UsageError("a run's changes are not finite: its velocities hold NaN or overflow")
-    distinct = len(np.unique(changes))
-    if distinct < degree + 2:
-        raise UsageError(
-            f"{distinct} different points cannot tell how well a polynomial of degree {degree} "
-            f"fits; it needs at least {degree + 2}: measure more samples or steps, or lower "
-            "--degree"
-        )
+    check_enough(len(np.unique(changes)), degree)
     with warnings.catch_warnings():
         warnings.simplefilter("error", np.exceptions.RankWarning)
         try:
@@ -271,6 +276,29 @@ def load_tea_cache(
             f"calibrate-cache --engine {engine_set.folder} --output <file>"
         )
     return calibration.cache(threshold, max_reuses)
+
+
+def step_cache_from(text: str, engine_set: EngineSet) -> StepCache | TeaCache:
+    """A step cache as a person types it: a threshold, or a file of `calibrate-cache` and one.
+
+    Args:
+        text: "0.08" for a `StepCache`, "cache.json:0.05" for a `TeaCache`.
+        engine_set: what the file must have been measured on.
+
+    Raises:
+        UsageError: it is neither; see also `load_tea_cache`.
+    """
+    name, _, number = text.rpartition(":")
+    try:
+        threshold = float(number)
+    except ValueError as error:
+        raise UsageError(
+            f"a step cache is a threshold, as 0.08, or a file of calibrate-cache and a threshold, "
+            f"as cache.json:0.05; got {text!r}"
+        ) from error
+    if not name:
+        return StepCache(threshold=threshold)
+    return load_tea_cache(name, engine_set, threshold=threshold)
 
 
 def weights_digest(manifest: Manifest) -> str:

@@ -93,13 +93,13 @@ def _check(args: argparse.Namespace) -> None:
         ("degree", 1, _MAX_DEGREE),
         ("seed", 0, _MAX_SEED),
         ("threads", 0, _MAX_THREADS),
-        ("true_cfg_scale", 0.0, 1000.0),
-        ("guidance", 0.0, 1000.0),
+        ("true_cfg_scale", 0, 1000),
+        ("guidance", 0, 1000),
     ):
         value = getattr(args, name)
         if value is not None and not least <= value <= most:
             option = "--" + name.replace("_", "-")
-            raise UsageError(f"{option} must lie in [{least:g}, {most:g}], got {value}")
+            raise UsageError(f"{option} must lie in [{least}, {most}], got {value}")
 
 
 def _calibrate(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
@@ -122,6 +122,7 @@ def _calibrate(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
     from ditrim.runtime.cache_calibration import (
         CacheCalibration,
         ChangeRecorder,
+        check_enough,
         fit_polynomial,
         save_calibration,
         weights_digest,
@@ -138,11 +139,12 @@ def _calibrate(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
         pipe.to(engines.device)
     takes_guidance = any(spec.name == "guidance" for spec in manifest.graphs["front"].inputs)
     steps = args.steps or default_steps(pipe)
+    check_enough(len(samples) * (steps - 1), args.degree)
+    for index, sample in enumerate(samples):
+        check_request(pipe, _request(args, sample, steps, index), takes_guidance=takes_guidance)
     recorder = ChangeRecorder()
     with _runs_shown(terminal, len(samples) * steps) as advance:
         for index, sample in enumerate(samples):
-            request = _request(args, sample, steps, index)
-            check_request(pipe, request, takes_guidance=takes_guidance)
 
             def on_step(done: int, total: int) -> None:
                 if terminal.interrupted_by is not None:  # a library may have swallowed it
@@ -150,7 +152,7 @@ def _calibrate(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
                 advance()
 
             with attach(pipe, engines, FullContext(), cache=recorder):
-                run_edit(pipe, request, on_step)
+                run_edit(pipe, _request(args, sample, steps, index), on_step)
     fit = fit_polynomial(recorder.points, args.degree)
     calibration = CacheCalibration(
         model=manifest.model,

@@ -8,18 +8,21 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ditrim.engines.console import CommandParser, Terminal, run_command
 from ditrim.plugins.errors import UsageError
-from ditrim.runtime.baselines import RandomDrop
 from ditrim.runtime.policy import FullContext, Policy
 from ditrim.runtime.topi import ToPi
 
 if TYPE_CHECKING:
+    import torch
+
     from ditrim.engines.backend import Engines
     from ditrim.runtime.edit_results import EditRun
     from ditrim.runtime.pipelines import EditRequest
+    from ditrim.runtime.step_cache import Cache
 
 _EXAMPLES = """\
   edit-image --engine engines-out/small --image in.png --prompt "make the red circle blue" \\
@@ -28,8 +31,9 @@ _EXAMPLES = """\
       --policy topi --tau 0.85 --interval 10 --report report.json --mask-output mask.png
   edit-image --engine <set> --image room.jpg --image lamp.jpg --prompt "..." --output out.png
   edit-image --engine <set> --image in.png --prompt "..." --output out.png \\
-      --compare-full --strip strip.png"""
-_POLICIES = ("topi", "full", "random")
+      --compare-full --strip strip.png
+  edit-image --engine <set> --image in.png --prompt "..." --output out.png \\
+      --policy "auto min_influence=0.9" """
 _POLICY_OPTIONS = ("tau", "interval", "warmup", "score_every", "min_kept", "max_kept")
 _MAX_SEED = 2**32 - 1
 _MAX_THREADS = 1024
@@ -71,9 +75,10 @@ def _parser() -> CommandParser:
     policy = parser.add_argument_group("policy")
     policy.add_argument(
         "--policy",
-        choices=_POLICIES,
         default="topi",
-        help="topi (default), full: no reduction, random: as many tokens as topi, at random",
+        metavar="TEXT",
+        help="topi (default), coverage, auto, tokendrop, ibtm, tomesd, toma, random, or full: no "
+        "reduction; with options: 'coverage ratio=0.5'. docs/policies.md lists them",
     )
     policy.add_argument(
         "--tau", type=float, metavar="X", help="influence to keep, 0 to 1 (default: 0.85)"
@@ -89,6 +94,17 @@ def _parser() -> CommandParser:
     )
     policy.add_argument("--min-kept", type=int, metavar="N", help="tokens (default: 1)")
     policy.add_argument("--max-kept", type=int, metavar="N", help="tokens (default: no bound)")
+    policy.add_argument(
+        "--cache",
+        metavar="X|FILE:X",
+        help="spare BACK while FRONT's output has changed by less than X, or the change that a "
+        "file of calibrate-cache predicts stays under X",
+    )
+    policy.add_argument(
+        "--keep-region",
+        metavar="FILE",
+        help="mask of the first picture: reference tokens under its light parts are always kept",
+    )
     machine = parser.add_argument_group("machine")
     machine.add_argument(
         "--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda or cuda:N"
@@ -126,6 +142,15 @@ def _parser() -> CommandParser:
     return parser
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reducing:
+    """How a run is made shorter; see `attach`."""
+
+    policy: Policy
+    cache: Cache | None = None
+    region: torch.Tensor | None = None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `edit-image`; returns the exit code."""
     return run_command(_parser, _edit, argv)
@@ -134,13 +159,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _edit(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
     """Everything that can be refused is refused before the first step."""
     with _warnings_noted(terminal):
-        policy = _policy_from(args, terminal)
+        from ditrim.runtime.cache_calibration import step_cache_from
+        from ditrim.runtime.policy_text import policy_from_text
+
         _check_numbers(args)
-        _check_files(args, policy)
+        text = _policy_text(args, terminal)
+        policy = policy_from_text(text).policy
+        _check_files(args, policy, has_cache=args.cache is not None)
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported
 
         from ditrim.runtime.images import open_picture
-        from ditrim.runtime.pipelines import EditRequest, check_request, load_pipeline
+        from ditrim.runtime.pipelines import (
+            EditRequest,
+            check_request,
+            load_pipeline,
+            region_from,
+        )
 
         request = EditRequest(
             images=tuple(open_picture(path) for path in args.image),
@@ -160,6 +194,9 @@ def _edit(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
             args.engine, device=args.device, threads=args.threads, verify=args.verify
         )
         engine_set = engines.engine_set
+        policy, cache = policy_from_text(text, engine_set.manifest.model)
+        if args.cache is not None:
+            cache = step_cache_from(args.cache, engine_set)
         _silence_libraries()
         pipe = load_pipeline(engine_set, args.pipeline, dtype=_component_dtype(engines))
         if engines.device.type == "cuda":
@@ -168,30 +205,42 @@ def _edit(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
             spec.name == "guidance" for spec in engine_set.manifest.graphs["front"].inputs
         )
         check_request(pipe, request, takes_guidance=takes_guidance)
+        region = None
+        if args.keep_region is not None:
+            region = region_from(pipe, open_picture(args.keep_region), request)
 
         is_timed = args.compare_full or args.report is not None
         full = None
         if args.compare_full:
             terminal.stage("warming up")
-            _warm_up(pipe, engines, policy, request)
-            full = _run(pipe, engines, FullContext(), request, terminal, is_timed, "full context")
-        run = _run(pipe, engines, policy, request, terminal, is_timed, f"{args.policy} policy")
+            _warm_up(pipe, engines, request)
+            plain = Reducing(policy=FullContext())
+            full = _run(pipe, engines, plain, request, terminal, is_timed, "full context")
+        reducing = Reducing(policy=policy, cache=cache, region=region)
+        run = _run(
+            pipe, engines, reducing, request, terminal, is_timed, f"{text.split()[0]} policy"
+        )
         return _write(args, terminal, engines, request, policy, run, full)
 
 
-def _policy_from(args: argparse.Namespace, terminal: Terminal) -> Policy:
+def _policy_text(args: argparse.Namespace, terminal: Terminal) -> str:
+    """`--policy` with the options that have switches of their own."""
+    from ditrim.runtime.policy_text import options_of
+
+    words = args.policy.split()
+    if not words:
+        raise UsageError("--policy is empty; name one, as --policy topi")
     given = {
         name: getattr(args, name) for name in _POLICY_OPTIONS if getattr(args, name) is not None
     }
-    topi = ToPi(**given)
-    if args.policy == "topi":
-        return topi
-    if args.policy == "random":
-        return RandomDrop(policy=topi, seed=args.seed)
-    if given:
+    if words[0] == "full" and given:
         names = ", ".join("--" + name.replace("_", "-") for name in given)
         terminal.note(f"--policy full runs every token in every step; {names} has no effect")
-    return FullContext()
+        given = {}
+    taken = {word.partition("=")[0] for word in words[1:]}
+    if "seed" in options_of(words[0]) and "seed" not in taken:
+        given["seed"] = args.seed
+    return " ".join([*words, *(f"{name}={value}" for name, value in given.items())])
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
@@ -220,7 +269,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
         )
 
 
-def _check_files(args: argparse.Namespace, policy: Policy) -> None:
+def _check_files(args: argparse.Namespace, policy: Policy, *, has_cache: bool) -> None:
     """Results can be written, and none replaces a source or another result."""
     from ditrim.runtime.images import check_output, check_picture_output
 
@@ -228,14 +277,14 @@ def _check_files(args: argparse.Namespace, policy: Policy) -> None:
         raise UsageError("--strip shows the full-context picture too: add --compare-full")
     if isinstance(policy, FullContext):
         for option, is_given in (
-            ("--compare-full", args.compare_full),
+            ("--compare-full", args.compare_full and not has_cache),
             ("--mask-output", args.mask_output is not None),
         ):
             if is_given:
-                raise UsageError(
-                    f"{option} needs a policy that drops tokens: --policy topi or random"
-                )
+                raise UsageError(f"{option} needs a policy that drops tokens, as --policy topi")
     taken = {os.path.realpath(path): "--image" for path in args.image}
+    if args.keep_region is not None:
+        taken[os.path.realpath(args.keep_region)] = "--keep-region"
     for option in ("--output", "--strip", "--mask-output", "--report"):
         path = getattr(args, option[2:].replace("-", "_"))
         if path is None:
@@ -264,23 +313,21 @@ def _component_dtype(engines: Engines) -> Any:
     return torch.bfloat16 if is_half else None
 
 
-def _warm_up(pipe: Any, engines: Engines, policy: Policy, request: EditRequest) -> None:
+def _warm_up(pipe: Any, engines: Engines, request: EditRequest) -> None:
     """One anchor and one reduced step, so that the run measured first is not the slower for it."""
     from dataclasses import replace
 
     from ditrim.runtime.attachment import attach
     from ditrim.runtime.pipelines import run_edit
 
-    topi = policy.policy if isinstance(policy, RandomDrop) else policy
-    assert isinstance(topi, ToPi)
-    with attach(pipe, engines, replace(topi, interval=2, warmup=0)):
+    with attach(pipe, engines, ToPi(interval=2)):
         run_edit(pipe, replace(request, steps=2))
 
 
 def _run(
     pipe: Any,
     engines: Engines,
-    policy: Policy,
+    reducing: Reducing,
     request: EditRequest,
     terminal: Terminal,
     is_timed: bool,
@@ -297,7 +344,14 @@ def _run(
     )
 
     steps = request.steps or default_steps(pipe)
-    with attach(pipe, engines, policy, timing=is_timed) as attachment:
+    with attach(
+        pipe,
+        engines,
+        reducing.policy,
+        cache=reducing.cache,
+        region=reducing.region,
+        timing=is_timed,
+    ) as attachment:
         recorder = GridRecorder(attachment.transformer)
         with _steps_shown(terminal, f"denoising, {title}", steps) as advance:
 

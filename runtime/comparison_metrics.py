@@ -65,29 +65,37 @@ class Lpips:
 
     network: Any
 
+    def distance(self, first: Picture, second: Picture) -> float:
+        """The distance of two pictures."""
+        return float(self._measured(first, second, is_map=False).mean())
+
     def distances(self, first: Picture, second: Picture) -> Values:
-        """The distance at every pixel, (H, W); LPIPS is its mean."""
+        """The distance at every pixel, (H, W); its mean differs a little from `distance`."""
+        return self._measured(first, second, is_map=True)[0, 0]
+
+    def _measured(self, first: Picture, second: Picture, *, is_map: bool) -> Values:
         import torch
 
         def scaled(picture: Picture) -> Any:
             pixels = torch.from_numpy(np.array(picture, dtype=np.float32))
             return pixels.permute(2, 0, 1)[None] / 127.5 - 1  # (1, 3, H, W) in [-1, 1]
 
+        self.network.spatial = is_map
         with torch.no_grad():
             found = self.network(scaled(first), scaled(second))
-        return np.asarray(found[0, 0].numpy(), dtype=np.float64)
+        return np.asarray(found.numpy(), dtype=np.float64)
 
 
 def load_lpips() -> tuple[Lpips | None, str]:
     """LPIPS, or none where its package or weights are not there; and why, in a sentence."""
     try:
         import lpips
-    except ImportError as error:
-        return None, f"LPIPS is left out: {error}; pip install lpips"
+    except (ImportError, RuntimeError, OSError) as error:  # a torchvision for another torch raises
+        return None, f"LPIPS is left out: {error}; it needs lpips, and torchvision for this torch"
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(_DOWNLOAD_TIMEOUT_S)
     try:
-        network = lpips.LPIPS(net="alex", spatial=True, verbose=False)
+        network = lpips.LPIPS(net="alex", verbose=False)
     except (OSError, RuntimeError, EOFError) as error:  # not downloaded, or damaged
         return None, f"LPIPS is left out: the weights of its network cannot be loaded ({error})"
     finally:
@@ -119,8 +127,8 @@ def compare_pictures(
     values: dict[str, float | None] = {"psnr_db": psnr_db(found, reference), "ssim": similarity}
     distances = None
     if lpips is not None:
-        distances = lpips.distances(found, reference)
-        values["lpips"] = float(distances.mean())
+        values["lpips"] = lpips.distance(found, reference)
+        distances = None if region is None else lpips.distances(found, reference)
     if region is not None:
         for name, part in (("edited", region), ("unedited", ~region)):
             values[f"psnr_{name}_db"] = psnr_db(found, reference, part)

@@ -29,6 +29,7 @@ _COLOURS = (
 )
 _MARKERS = "osD^v"
 _THUMB, _OVERLAY_THUMB = 320, 144
+_TOP_DB = 60.0  # plots end here: one grey level everywhere is 48 dB
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +240,8 @@ def draw_plots(
 ) -> str:
     """Quality against speed-up, kept ratio and BACK's tokens, each with its Pareto front, as SVG.
 
-    Points bear the policies' numbers; bars are 95 % intervals of the mean.
+    Points bear the policies' numbers; bars are 95 % intervals of the mean. What lies beyond 60 dB
+    is drawn at 60 dB, with an arrow.
 
     Args:
         summary: label -> metrics of a group, in the order of the numbers.
@@ -267,7 +269,8 @@ def draw_plots(
         "axes.edgecolor": "#999999",
     }
     with mpl.rc_context(style):
-        figure = Figure(figsize=(12.4, 4.1), layout="constrained")
+        figure = Figure(figsize=(12.4, 4.1))
+        figure.subplots_adjust(left=0.05, right=0.995, bottom=0.13, top=0.98, wspace=0.06)
         for place, (axes, (cost, name, statistic, is_gain)) in enumerate(
             zip(figure.subplots(1, 3, sharey=True), _COSTS, strict=True)
         ):
@@ -276,19 +279,27 @@ def draw_plots(
             ys = [entry["mean"] for entry in found]
             front = pareto_front([-x if is_gain else x for x in xs], ys)
             axes.plot(
-                [xs[i] for i in front], [ys[i] for i in front], "--", color="#bbbbbb", zorder=1
+                [xs[i] for i in front],
+                [min(ys[i], _TOP_DB) for i in front],
+                "--",
+                color="#bbbbbb",
+                zorder=1,
             )
             for x, y, entry, number in zip(xs, ys, found, shown, strict=True):
+                top = min(y, _TOP_DB)
                 colour, marker = colour_of(number), _MARKERS[(number - 1) // 10 % len(_MARKERS)]
-                axes.plot([x, x], [entry["low"], entry["high"]], color=colour, lw=1, alpha=0.5)
-                (point,) = axes.plot(x, y, marker, color=colour, ms=6.5, mec="white", mew=0.6)
+                ends = [min(entry["low"], _TOP_DB), min(entry["high"], _TOP_DB)]
+                axes.plot([x, x], ends, color=colour, lw=1, alpha=0.5)
+                (point,) = axes.plot(x, top, marker, color=colour, ms=6.5, mec="white", mew=0.6)
                 point.set_gid(f"policy-{number}")
+                text = str(number) if y == top else f"{number} ↑ {y:.0f}"
                 axes.annotate(
-                    str(number), (x, y), (4, 4), textcoords="offset points", color=colour, size=8
+                    text, (x, top), (4, 4), textcoords="offset points", color=colour, size=8
                 )
             axes.set_xlabel(name + (" →" if is_gain else ", ← less is cheaper"))
             axes.grid(color="#eeeeee", lw=0.8)
             axes.set_axisbelow(True)
+            axes.margins(x=0.1)
             if place == 0:
                 axes.set_ylabel(title)
                 axes.axvline(1.0, color="#dddddd", lw=1, zorder=0)

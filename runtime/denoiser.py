@@ -184,12 +184,14 @@ class Denoiser:
             results, regrouped = [], []
             for front in fronts:
                 if role == "reduced" and early is None:
-                    reduction = self._regroup(front, view)
-                    regrouped.append(reduction)
+                    given = None if state.reduction is None else _entries_of(state.reduction, front)
+                    reduction = self._regroup(front, replace(view, reduction=given))
+                    if given is None or reduction is None or reduction.kept is not given.kept:
+                        regrouped.append(reduction)
                 graph = "anchor" if role == "anchor" else "back"
                 results.append(self._calls.run_back(front, graph, reduction, score_rows, clock))
             num_noisy_kept, num_kept = results[0].lengths
-            if state.reduction is None or state.reduction.kept is None:
+            if len(regrouped) == len(fronts):
                 selected = _kept_of(regrouped, order)
             velocity = _scattered([result.velocity for result in results], order)
             if self.cache is not None:
@@ -312,8 +314,6 @@ class Denoiser:
 
     def _regroup(self, front: FrontResult, view: CallView) -> Reduction | None:
         """What a reduced step's BACK runs on, for one group of batch entries."""
-        if view.reduction is not None:
-            view = replace(view, reduction=_entries_of(view.reduction, front))
         if front.rows is not None:
             view = replace(view, rows=front.rows)
         if self.reducer.reads_features:
@@ -368,7 +368,7 @@ def _scattered(parts: list[Tensor], order: Tensor | None) -> Tensor:
 def _kept_of(reductions: list[Reduction | None], order: Tensor | None) -> Tensor | None:
     """(B, K') tokens that a reduced step chose for itself; none where it kept them all."""
     kept = [found.kept for found in reductions if found is not None and found.kept is not None]
-    return _scattered(kept, order) if kept else None
+    return _scattered(kept, order) if len(kept) == len(reductions) else None
 
 
 def _entries_of(reduction: Reduction, front: FrontResult) -> Reduction:

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ditrim.plugins.errors import DitrimError
-from ditrim.runtime.baselines import RandomDrop
 from ditrim.runtime.overlay import Panel, draw_strip, kept_mask_picture
 from ditrim.runtime.policy import Policy
+from ditrim.runtime.policy_text import policy_to_text
 from ditrim.runtime.small_editor.evaluation import measure_psnr
-from ditrim.runtime.topi import ToPi
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -51,13 +49,19 @@ class EditRun:
 
 
 def describe_policy(policy: Policy) -> dict[str, Any]:
-    """A policy's name and options, for JSON."""
-    if isinstance(policy, RandomDrop):
-        return {**describe_policy(policy.policy), "name": "random", "seed": policy.seed}
-    if not isinstance(policy, ToPi):
-        return {"name": "full"}
-    options = asdict(policy)
-    return {"name": "topi", **{k: v for k, v in options.items() if not k.startswith("_")}}
+    """A policy's name and options, for JSON; `text` gives it again."""
+    text = policy_to_text(policy)
+    return {"name": text.split()[0], "text": text, **_options_of(policy)}
+
+
+def _options_of(policy: Any) -> dict[str, Any]:
+    """Plain values; a policy inside another gives its options by its own name."""
+    return {
+        item.name: _options_of(value) if is_dataclass(value) else value
+        for item in fields(policy)
+        if not item.name.startswith("_")
+        for value in [getattr(policy, item.name)]
+    }
 
 
 def compare_runs(run: EditRun, full: EditRun) -> dict[str, Any]:
@@ -72,14 +76,15 @@ def compare_runs(run: EditRun, full: EditRun) -> dict[str, Any]:
 
 
 def selections_of(report: RunReport) -> list[Indices]:
-    """Kept tokens of each anchor step that a reduced step followed; all tokens if none did.
+    """The different selections that reduced steps ran on; all tokens if there were none.
 
     With true guidance, those of the branch that follows the prompt.
     """
     records = [record for record in report.steps if record.branch == "cond"]
     found: list[Indices] = []
-    for record, following in itertools.pairwise(records):
-        if record.kept_indices is not None and following.role == "reduced":
+    roles = [record.role for record in records]
+    for record, following in zip(records, [*roles[1:], ""], strict=True):
+        if record.kept_indices is not None and "reduced" in (record.role, following):
             found.append(record.kept_indices[0].cpu().numpy())
     return found or [np.arange(report.steps[0].num_reference)]
 
@@ -92,7 +97,7 @@ def draw_mask(run: EditRun) -> Image.Image:
 def draw_comparison(
     prompt: str, policy: Policy, run: EditRun, full: EditRun, compared: dict[str, Any]
 ) -> Image.Image:
-    """`source | full context | pruned | kept-token mask`, with what was measured.
+    """`source | full context | reduced | kept-token mask`, with what was measured.
 
     Args:
         prompt: the instruction.
@@ -100,13 +105,10 @@ def draw_comparison(
         run, full: the same edit with and without a policy.
         compared: what `compare_runs` said of them.
     """
-    topi = policy.policy if isinstance(policy, RandomDrop) else policy
-    assert isinstance(topi, ToPi)
     num_tokens = run.report.steps[0].num_reference
     num_steps = 1 + max(record.step for record in run.report.steps)
-    num_anchors = len(selections_of(run.report))
-    anchors = "1 anchor step" if num_anchors == 1 else f"{num_anchors} anchor steps"
-    chosen = ", at random," if isinstance(policy, RandomDrop) else ""
+    num_selections = len(selections_of(run.report))
+    selections = "1 selection" if num_selections == 1 else f"{num_selections} selections"
     panels = [
         Panel(
             title="source",
@@ -119,7 +121,7 @@ def draw_comparison(
             note=f"all tokens in each of {num_steps} steps: {full.seconds:.2f} s",
         ),
         Panel(
-            title="pruned",
+            title="reduced",
             picture=run.image,
             note=f"{run.seconds:.2f} s, {compared['speedup']:.2f} times as fast; "
             f"{compared['psnr_db']:.1f} dB PSNR to the full context",
@@ -127,8 +129,8 @@ def draw_comparison(
         Panel(
             title="kept-token mask",
             picture=draw_mask(run),
-            note=f"{run.report.kept_ratio:.0%} of the tokens kept{chosen} after {anchors} "
-            f"(tau {topi.tau:g}, interval {topi.interval})",
+            note=f"{run.report.kept_ratio:.0%} of the tokens kept, {selections} "
+            f"({policy_to_text(policy)})",
         ),
     ]
     return draw_strip(panels, f'"{prompt}"')

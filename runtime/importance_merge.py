@@ -3,12 +3,14 @@
 What the paper leaves open, and what is done here:
 
 - It needs guidance. The importance of a noisy token is the size of the guidance difference at the
-  last step (Eq. 2) where a request runs both branches. A model whose guidance is distilled runs one:
-  there it is the residual between the clean estimate and the source (TokenDrop's D_t), and without
-  a source on the same grid the mean absolute velocity.
+  last step (Eq. 2) where a request runs both branches. A model whose guidance is distilled runs
+  one: there it is the residual between the clean estimate and the source (TokenDrop's D_t), and
+  without a source on the same grid the mean absolute velocity.
 - References are not generated and have no guidance difference in any model. The paper takes "all
-  reliable per token importance signals" (Sec. 3): theirs is the influence (ToPi Eq. 9), which anchor
-  steps measure.
+  reliable per token importance signals" (Sec. 3): theirs is the influence (ToPi Eq. 9), which
+  anchor steps measure.
+- BACK's velocity is what is copied back to merged noisy tokens. The paper copies a layer's output,
+  to which every token still adds its own hidden state.
 - It merges around single layers; here, FRONT runs on everything and BACK's tokens are merged once.
 - Its early steps are given as a number of 50 (of 30 for video), not as a share of the schedule.
 """

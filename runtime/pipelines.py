@@ -287,6 +287,31 @@ def seen_references(
     ]
 
 
+def region_from(pipe: Any, mask: Image.Image, request: EditRequest) -> torch.Tensor:
+    """A region for `attach` from a mask of the first picture: (height, width) bool.
+
+    Raises:
+        UsageError: the mask is of another shape than the picture, or nothing in it is light.
+    """
+    import numpy as np
+    import torch
+
+    first = request.images[0]
+    if abs(mask.width * first.height - mask.height * first.width) > max(first.size):
+        raise UsageError(
+            f"the region is {mask.width} x {mask.height} pixels and the picture {first.width} x "
+            f"{first.height}: both need the same shape"
+        )
+    if pipeline_name(pipe) == SMALL_PIPELINE:
+        from ditrim.runtime.small_editor import fit_reference
+
+        mask = fit_reference(mask.resize(first.size))
+    region = torch.from_numpy(np.asarray(mask.convert("L")) > 127)
+    if not bool(region.any()):
+        raise UsageError("the region is empty: nothing in its mask is lighter than half")
+    return region
+
+
 def describe_references(pipe: Any, seen: Sequence[Image.Image], result: Image.Image) -> str:
     """The sizes of the references that a model saw, and where the result lies in the first."""
     sizes = " and ".join(f"{image.width} x {image.height}" for image in seen)

@@ -9,6 +9,7 @@ An option is a field of the policy's class, read as the field's type says; a pol
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import sys
 from dataclasses import MISSING, Field, fields, is_dataclass
@@ -167,6 +168,7 @@ def _unknown(name: str, option: str, allowed: list[str]) -> str:
     return f"policy {name} has no option {option!r}; allowed: {', '.join(allowed)}{hint}"
 
 
+@functools.lru_cache
 def _hints(cls: Any) -> dict[str, tuple[Field[Any], Any]]:
     """What a dataclass is made with: each field and its type.
 
@@ -184,12 +186,16 @@ def _hints(cls: Any) -> dict[str, tuple[Field[Any], Any]]:
     return found
 
 
+def _is_policy(hint: Any) -> bool:
+    return is_dataclass(hint)
+
+
 def _options(cls: Any) -> dict[str, Any]:
     """Option -> type; the class's own come before those of a policy inside it."""
-    own = {name: hint for name, (_, hint) in _hints(cls).items() if not is_dataclass(hint)}
+    own = {name: hint for name, (_, hint) in _hints(cls).items() if not _is_policy(hint)}
     inner: dict[str, Any] = {}
     for _, hint in _hints(cls).values():
-        if is_dataclass(hint):
+        if _is_policy(hint):
             inner |= {key: kind for key, kind in _options(hint).items() if key not in inner}
     own.pop("model", None)  # the engine set says
     return own | {key: kind for key, kind in inner.items() if key not in own}
@@ -239,7 +245,7 @@ def _build(cls: Any, values: dict[str, Any], model: str | None) -> Any:
     arguments = {key: value for key, value in values.items() if key in hints}
     rest = {key: value for key, value in values.items() if key not in hints}
     for name, (field, hint) in hints.items():
-        if is_dataclass(hint):
+        if _is_policy(hint):
             for_it = {key: value for key, value in rest.items() if key in _options(hint)}
             has_default = not (field.default is MISSING and field.default_factory is MISSING)
             if for_it or not has_default or "model" in _hints(hint):
@@ -251,12 +257,13 @@ def _build(cls: Any, values: dict[str, Any], model: str | None) -> Any:
 
 def _changed(item: Any) -> dict[str, Any]:
     """Fields that are not at their defaults; those of policies inside come last."""
-    hints = _hints(type(item))
+    cls: Any = type(item)
+    hints = _hints(cls)
     own: dict[str, Any] = {}
     inner: dict[str, Any] = {}
     for name, (field, hint) in hints.items():
         value = getattr(item, name)
-        if is_dataclass(hint):
+        if _is_policy(hint):
             inner = _changed(value) | inner
         elif name != "model" and (field.default is MISSING or value != field.default):
             own[name] = value

@@ -20,7 +20,7 @@ from ditrim.runtime.model_inputs import ModelInputs
 from ditrim.runtime.policy import Policy
 from ditrim.runtime.report import RunReport, StepRecord
 from ditrim.runtime.rope import Grid, RopeTables, flux_ids, flux_rope, qwen_rope
-from ditrim.runtime.step_cache import StepCache
+from ditrim.runtime.step_cache import Cache
 from ditrim.runtime.topi import ToPi
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class EditSession:
         engines: str | os.PathLike[str] | EngineSet | Engines,
         policy: Policy | None = None,
         *,
-        cache: StepCache | None = None,
+        cache: Cache | None = None,
         region: Tensor | None = None,
         device: str = "auto",
         threads: int = 0,

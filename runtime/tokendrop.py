@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from ditrim.runtime.residual import ResidualMask
     from ditrim.runtime.schedule import Role
 
-# The bias omega (Sec. 4.1: PIEBench; GEdit-Bench had 0.3 for Qwen), and the steps with all tokens at
-# the start, of 50 for Qwen and of 28 for FLUX.
+# The bias omega (Sec. 4.1: PIEBench; GEdit-Bench had 0.3 for Qwen), and the steps with all tokens
+# at the start, of 50 for Qwen and of 28 for FLUX.
 DEFAULTS = {"qwen-edit": (0.1, 4), "flux-kontext": (0.4, 2)}
 
 
@@ -191,11 +191,14 @@ class TokenDropReducer(PlainReducer):
             "max_kept_ratio": self.policy.max_kept_ratio,
             "max_spread": self.policy.max_spread,
         }
-        looked = torch.stack(
-            [found.kept_ratio, found.spread.double(), is_non_local(found, **limits).double()]
-        ).tolist()  # a wait for the device
-        ratios, spreads, are_non_local = looked
-        if not all(map(math.isfinite, spreads)):
+        looked = (
+            found.threshold,
+            found.kept_ratio,
+            found.spread.double(),
+            is_non_local(found, **limits).double(),
+        )
+        thresholds, ratios, spreads, are_non_local = torch.stack(looked).tolist()  # a wait
+        if not all(map(math.isfinite, thresholds)):
             raise DitrimError(
                 f"the residual of step {step} is not finite: the model overflowed on these "
                 "inputs; with an fp16 engine set, try fp32 or bf16"

@@ -19,7 +19,7 @@ from ditrim.runtime.model_inputs import ModelInputs
 from ditrim.runtime.policy import Policy, TokenGrid
 from ditrim.runtime.report import RunReport
 from ditrim.runtime.rope import Grid, flux_rope, qwen_rope
-from ditrim.runtime.step_cache import StepCache
+from ditrim.runtime.step_cache import Cache
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,7 +69,7 @@ class EngineTransformer(nn.Module):
         engines: Engines,
         policy: Policy,
         *,
-        cache: StepCache | None = None,
+        cache: Cache | None = None,
         region: Tensor | None = None,
         timing: bool = False,
     ) -> None:

@@ -4,7 +4,7 @@
 Every held-out edit is made three times from the same noise: with the full context, with ToPi, and
 with as many tokens dropped at random. PSNR is against the full-context picture of the same seed;
 the difference to random dropping is paired, with a 95 % bootstrap interval, by category. A picture
-equal to the full-context one counts as 100 dB.
+equal to the full-context one counts as 100 dB. `evaluate-policies` compares any policies and more.
 
 Example:
     python scripts/evaluate_small_editor.py --engine engines-out/small --edits 64
@@ -24,43 +24,9 @@ from PIL import Image
 
 import ditrim.runtime as ditrim
 from ditrim.engines.load import load_engines
+from ditrim.runtime.comparison_edits import scenes
+from ditrim.runtime.comparison_metrics import mean_interval, psnr_db
 from ditrim.runtime.small_editor import load_small_pipeline
-from ditrim.runtime.small_editor.scenes import (
-    CATEGORIES,
-    EditExample,
-    held_out_edits,
-    sample_edit,
-)
-
-CAP_DB = 100.0
-
-
-def psnr(first: np.ndarray, second: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two pictures in [0, 1], in dB."""
-    error = float(((first.astype(np.float64) - second.astype(np.float64)) ** 2).mean())
-    return min(CAP_DB, -10 * np.log10(error)) if error > 0 else CAP_DB
-
-
-def bootstrap_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % interval of the mean, 10,000 resamples."""
-    rng = np.random.default_rng(seed)
-    picks = rng.integers(0, len(values), (10_000, len(values)))
-    low, high = np.percentile(values[picks].mean(axis=1), [2.5, 97.5])
-    return float(low), float(high)
-
-
-def choose_edits(count: int, split: str, seed: int) -> list[EditExample]:
-    """Held-out edits to report, or training scenes to tune on."""
-    if split == "held-out":
-        return held_out_edits(count, seed=seed)
-    return [
-        sample_edit(
-            np.random.default_rng([seed, index, 0x7E57]),
-            category=CATEGORIES[index % len(CATEGORIES)],
-            split="train",
-        )
-        for index in range(count)
-    ]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -99,7 +65,7 @@ def evaluate(
         "random": ditrim.RandomDrop(policy=topi),
     }
     rows = []
-    examples = choose_edits(edits, split, seed)
+    examples = scenes(split, edits, seed)
     for index, example in enumerate(
         track(examples, "editing", transient=True, disable=not sys.stderr.isatty())
     ):
@@ -120,8 +86,8 @@ def evaluate(
                 "kind": example.kind,
                 "num_reference": reports["topi"].steps[0].num_reference,
                 "kept_ratio": reports["topi"].kept_ratio,
-                "topi_db": psnr(pictures["topi"], pictures["full"]),
-                "random_db": psnr(pictures["random"], pictures["full"]),
+                "topi_db": psnr_db(pictures["topi"], pictures["full"], peak=1.0),
+                "random_db": psnr_db(pictures["random"], pictures["full"], peak=1.0),
                 "speedup": reports["full"].total_ms / reports["topi"].total_ms,
             }
         )
@@ -137,7 +103,7 @@ def evaluate(
     for name in ("all", *sorted({row["category"] for row in rows})):
         chosen = [row for row in rows if name in ("all", row["category"])]
         gain = np.array([row["topi_db"] - row["random_db"] for row in chosen])
-        low, high = bootstrap_interval(gain)
+        low, high = mean_interval(gain)
         result[name] = {
             "count": len(chosen),
             "topi_db": round(float(np.mean([row["topi_db"] for row in chosen])), 2),

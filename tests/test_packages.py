@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("engines", "export", "plugins", "runtime")
 # Commands are the edge: they put the packages together.
-COMMANDS = {"engines/cli.py", "export/cli.py", "runtime/cli.py"}
+COMMANDS = {"engines/cli.py", "export/cli.py", "runtime/cli.py", "runtime/cache_cli.py"}
 ALLOWED = {
     "plugins": set(),
     "export": {"plugins"},

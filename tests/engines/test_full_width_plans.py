@@ -2,7 +2,7 @@
 
 As few blocks as have every kind of block in BACK, between the released models' own embeddings; 8
 rungs up to 4096 reference tokens beside 4096 noisy ones. A block in FRONT is one of BACK without
-the scoring; each model and each precision has it once.
+the scoring, so that one set has it. And the small editor, whole.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 
 from ditrim.engines.build import run_build
 from ditrim.engines.devices import DEVICES
-from ditrim.engines.engine_set import EngineSet
+from ditrim.engines.engine_set import EngineSet, load_engine_set
 from ditrim.engines.estimate import estimate
 from ditrim.engines.options import BuildOptions
 from ditrim.engines.source import planned_config
@@ -40,11 +40,11 @@ CASES = [
     ("qwen-edit", "bf16", 1),
     ("qwen-edit", "fp16", 0),
     ("flux-kontext", "bf16", 0),
-    ("flux-kontext", "fp16", 1),
+    ("flux-kontext", "fp16", 0),
 ]
 NOISE_VALUES = 1 << 24
-# Ten times what a build takes on two cores that do nothing else; see docs/tensorrt.md.
-MOST_SECONDS = 300
+# Several times what a build takes where something else has the other core.
+MOST_SECONDS = 600
 
 
 def write_checkpoint(folder: Path, model: str, depths: dict[str, int]) -> None:
@@ -136,11 +136,41 @@ def test_a_rung_adds_little_and_the_stated_memory_is_the_estimate(
             f"{spec.device_memory_bytes[-1] / 1e6:.0f} MB, estimated {min(errors):+.1%} to "
             f"{max(errors):+.1%}"
         )
+        if plan.role == "front" and not front_depth:  # the estimate is of blocks
+            assert min(errors) > 0
+            continue
         # The logits of 4096 rows, all at once, would be 1.7 GB more.
         assert -0.02 < min(errors) <= max(errors) < 0.1
+        # All that is not weights, as if the first rung cost nothing more than another one.
+        growth = (sizes[plan.role] - plan.weights_bytes) / 7 / plan.weights_bytes
+        assert 0 < growth < 0.1
+    if precision != "bf16":
+        return
     one, _ = build_timed(replace(options, rungs=1))
     for role, eight in sizes.items():
         single = (one.folder / f"{role}.plan").stat().st_size
         growth = (eight - single) / 7 / single
         print(f"{model} {precision} {role}: a rung adds {growth:.2%} to {single / 1e6:.1f} MB")
         assert 0 < growth < 0.1
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_small_editor_is_built_with_all_its_rungs(workshop: Path, precision: str) -> None:
+    options = BuildOptions(
+        preset="small",
+        backend="tensorrt-rtx",
+        precision=precision,
+        compute_capability=("8.9",),
+        output=str(workshop / "set"),
+    )
+    built, seconds = build_timed(options)
+    manifest = load_engine_set(options.target, verify="hashes").manifest
+    assert manifest == built.manifest
+    assert (manifest.precision, manifest.source["kind"]) == (precision, "small")
+    for role, spec in manifest.plans.items():
+        rungs = [profile.reference.most for profile in spec.profiles]
+        assert rungs == list(options.reference_ladder.rungs)
+        assert len(rungs) == 8
+        assert spec.device_memory_bytes is not None
+        size = (built.folder / spec.file).stat().st_size
+        print(f"small {precision} {role}: {size / 1e6:.1f} MB in {seconds:.0f} s")

@@ -65,6 +65,7 @@ def test_missing_packages_are_named_with_how_to_install_them(
         ("plugins/strip.py", {"tensorrt"}),
         ("plugins/onnx_function.py", {"onnxruntime", "tensorrt", "tensorrt-rtx"}),
         ("engines/build.py", {"onnxruntime", "tensorrt", "tensorrt-rtx"}),
+        ("engines/graph_files.py", {"onnxruntime", "tensorrt", "tensorrt-rtx"}),
         ("engines/tensorrt_graph.py", {"tensorrt", "tensorrt-rtx"}),
         ("engines/profiles.py", {"tensorrt", "tensorrt-rtx"}),
         ("engines/console.py", set()),

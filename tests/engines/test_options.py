@@ -48,6 +48,7 @@ def test_geometry_follows_from_model_and_options(
     [
         ({"preset": "small"}, "small"),
         ({"weights": "random"}, "qwen-edit-random"),
+        ({"preset": "small", "score_details": True}, "small-details"),
         ({"model": "flux-kontext", "precision": "fp16"}, "flux-kontext-fp16"),
         ({"backend": "tensorrt"}, "qwen-edit-tensorrt"),
         ({"backend": "tensorrt-rtx", "precision": "fp16"}, "qwen-edit-tensorrt-rtx-fp16"),
@@ -156,6 +157,7 @@ def test_impossible_values_name_option_value_and_remedy(
             max_batch=1,
         ),
         BuildOptions(resolution=(512, 768), rungs=3, revision="abc"),
+        BuildOptions(preset="small", score_details=True),
         BuildOptions(
             backend="tensorrt-rtx",
             precision="fp32",

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,12 @@ from ditrim.engines.options import BuildOptions
 from ditrim.engines.profiles import is_scored
 from ditrim.engines.tensorrt_builder import (
     BuiltPlan,
+    LibraryFacts,
     PlanRequest,
     Target,
     ask_library,
     build_plan,
+    check_attention,
     choose_target,
     describe_target,
     explain_failure,
@@ -264,6 +267,38 @@ def test_library_says_what_it_builds_for_by_default() -> None:
     }
 
 
+def test_library_without_attention_needs_unfused_attention_to_be_accepted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    facts = LibraryFacts(
+        version="10.9.0.34",
+        polygraphy="0.53.6",
+        capabilities=(),
+        default_capabilities=(),
+        missing_operators=("Attention", "RMSNormalization", "RotaryEmbedding"),
+    )
+    with pytest.raises(
+        BackendError,
+        match=r"TensorRT 10\.9\.0\.34 has no attention operator, .* from 10\.14 on\), or accept it "
+        r"with --allow-unfused",
+    ):
+        check_attention(choose_target(BuildOptions(backend="tensorrt"), H100), facts)
+    accepted = choose_target(BuildOptions(backend="tensorrt", allow_unfused=True), H100)
+    assert accepted.identity() == choose_target(BuildOptions(backend="tensorrt"), H100).identity()
+    check_attention(accepted, facts)
+    assert "it may run unfused" in caplog.text
+    caplog.clear()
+    newer = replace(facts, version="10.14", missing_operators=("RMSNormalization",))
+    check_attention(choose_target(BuildOptions(backend="tensorrt"), H100), newer)
+    assert not caplog.text
+
+
+@needs_rtx
+def test_parser_of_tensorrt_rtx_lacks_no_operator() -> None:
+    facts = ask_library(Target(backend="tensorrt-rtx", capabilities=None, gpu=None))
+    assert facts.missing_operators == ()
+
+
 @needs_rtx
 def test_gpu_that_the_library_does_not_know_is_named_before_the_build() -> None:
     target = Target(backend="tensorrt-rtx", capabilities=None, gpu=H100)
@@ -454,6 +489,7 @@ def test_job_holds_the_shapes_of_every_profile(tmp_path: Path) -> None:
     ).job()
     assert job["profiles"] == [{"noisy": [(1, 1, 8), (2, 4096, 8), (4, 4096, 8)]}] * 2
     assert (job["workspace"], job["optimization_level"]) == (8 << 30, 4)
+    assert job["scored_rows"] == 4096
     assert json.loads(json.dumps(job))["backend"] == "tensorrt-rtx"
 
 

@@ -19,6 +19,7 @@ from ditrim.engines.tensorrt_builder import PlanRequest, Target, build_plan
 from ditrim.engines.tensorrt_graph import (
     BLOCK_ROWS,
     MOST_BLOCKS,
+    NEW_OPERATORS,
     graph_for_backend,
     log_sum_exp_unrolled,
     num_row_blocks,
@@ -129,44 +130,95 @@ def waits_for(nodes: list[onnx.NodeProto], value: str) -> set[str]:
     return found
 
 
-@pytest.mark.slow
-def test_blocks_of_a_checkpoint_wait_for_their_scores_and_compute_the_same(
-    pipeline_folder: Path, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def back_graph(
+    pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """BACK of a tiny checkpoint, whose blocks are functions and score; and what to feed it."""
     options = BuildOptions(
         weights=str(pipeline_folder),
         graph_only=True,
         front_depth=1,
         layers=(1, 2),
-        output=str(tmp_path / "set"),
+        output=str(tmp_path_factory.mktemp("graph") / "set"),
         max_noisy_tokens=64,
         max_reference_tokens=64,
         max_text_tokens=8,
     )
-    folder = run_build(options).engine_set.folder
-    model = onnx.load(str(folder / "back.onnx"), load_external_data=False)
+    path = run_build(options).engine_set.folder / "back.onnx"
+    sizes = {"batch": 2, "noisy": 23, "reference": 17, "text": 5, "rows": 11}
+    generator = np.random.default_rng(0)
+    feed: dict[str, Any] = {}
+    for item in onnx.load(str(path), load_external_data=False).graph.input:
+        dims = item.type.tensor_type.shape.dim
+        shape = [sizes.get(axis.dim_param, axis.dim_value) for axis in dims]
+        is_index = item.type.tensor_type.elem_type == TensorProto.INT64
+        values = np.arange(shape[0]) * 2 if is_index else generator.standard_normal(shape)
+        feed[item.name] = values.astype(np.int64 if is_index else np.float32)
+    return path, feed
+
+
+@pytest.mark.slow
+def test_blocks_of_a_checkpoint_wait_for_their_scores_and_compute_the_same(
+    back_graph: tuple[Path, dict[str, Any]],
+) -> None:
+    path, feed = back_graph
+    model = onnx.load(str(path), load_external_data=False)
     changed = graph_for_backend(model, "tensorrt-rtx", num_blocks=4)
-    onnx.save(changed, str(folder / "changed.onnx"))
-    check_linked(folder / "changed.onnx")
+    onnx.save(changed, str(path.with_name("changed.onnx")))
+    check_linked(path.with_name("changed.onnx"))
     scored = [item for item in changed.functions if "Scored" in item.name]
     assert len(scored) == 2  # the last block of BACK is another function
     for before in (item for item in model.functions if "Scored" in item.name):
         assert "LogSumExp" not in waits_for(list(before.node), before.output[0])
     for function in scored:
         assert "LogSumExp" in waits_for(list(function.node), function.output[0])
-    sizes = {"batch": 2, "noisy": 23, "reference": 17, "text": 5, "rows": 11}
-    generator = np.random.default_rng(0)
-    feed: dict[str, Any] = {}
-    for item in model.graph.input:
-        dims = item.type.tensor_type.shape.dim
-        shape = [sizes.get(axis.dim_param, axis.dim_value) for axis in dims]
-        is_index = item.type.tensor_type.elem_type == TensorProto.INT64
-        values = np.arange(shape[0]) * 2 if is_index else generator.standard_normal(shape)
-        feed[item.name] = values.astype(np.int64 if is_index else np.float32)
-    plain = run_model(folder / "back.onnx", feed)
-    found = run_model(folder / "changed.onnx", feed)
+    plain, found = run_model(path, feed), run_model(path.with_name("changed.onnx"), feed)
     for one, other in zip(plain, found, strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
+
+
+@needs_rtx
+@pytest.mark.slow
+def test_operators_that_a_parser_lacks_are_of_older_ones_and_build(
+    back_graph: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    path, feed = back_graph
+    model = onnx.load(str(path), load_external_data=False)
+    used = {node.op_type for body in (model.graph, *model.functions) for node in body.node}
+    assert set(NEW_OPERATORS) <= used
+    changed = graph_for_backend(model, "tensorrt-rtx", missing=NEW_OPERATORS)
+    left = {
+        node.op_type
+        for body in (changed.graph, *changed.functions)
+        for node in body.node
+        if not node.domain
+    }
+    assert not left & set(NEW_OPERATORS)
+    for owner in (changed, *changed.functions):
+        assert {item.version for item in owner.opset_import if not item.domain} <= {20}
+    # Operators of opset 23 are all there are: those that stay are in opset 20 what they were.
+    for name in left:
+        assert onnx.defs.get_schema(name, 20)
+    target = path.with_name("older.onnx")
+    onnx.save(changed, str(target))
+    check_linked(target)
+    for one, other in zip(run_model(path, feed), run_model(target, feed), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
+    options = BuildOptions(
+        backend="tensorrt-rtx",
+        weights="random",
+        precision="fp32",  # of which it has no fused attention: none is left that it could miss
+        rungs=1,
+        max_reference_tokens=64,
+        max_noisy_tokens=64,
+        max_text_tokens=8,
+        max_batch=1,
+        compute_capability=("8.9",),
+    )
+    built = build_plan(request_for(target, changed, options, tmp_path), Silent())
+    assert built.num_attentions == 0
+    assert built.num_bytes > 10_000
 
 
 TWO_LAYERS = """
@@ -222,14 +274,13 @@ class Silent:
     def update(self, done: int, total: int, unit: str = "bytes") -> None: ...
 
 
-@needs_rtx
-@pytest.mark.slow
-def test_logits_of_one_block_of_one_layer_are_kept_at_a_time(tmp_path: Path) -> None:
-    model = wide_attention_model()
-    (tmp_path / "back.onnx").write_bytes(model.SerializeToString())
+def request_for(
+    path: Path, model: onnx.ModelProto, options: BuildOptions, folder: Path
+) -> PlanRequest:
+    """A request for a plan of BACK."""
+    names = {TensorProto.BFLOAT16: "bfloat16", TensorProto.FLOAT: "float32"}
 
     def specs(values: Any) -> tuple[TensorSpec, ...]:
-        names = {TensorProto.BFLOAT16: "bfloat16", TensorProto.FLOAT: "float32"}
         return tuple(
             TensorSpec(
                 name=item.name,
@@ -241,6 +292,24 @@ def test_logits_of_one_block_of_one_layer_are_kept_at_a_time(tmp_path: Path) -> 
             for item in values
         )
 
+    return PlanRequest(
+        role="back",
+        graph=path,
+        plan=folder / "back.plan",
+        inputs=specs(model.graph.input),
+        outputs=specs(model.graph.output),
+        profiles=options.profiles()["back"],
+        target=Target(backend="tensorrt-rtx", capabilities=options.compute_capability, gpu=None),
+        options=options,
+    )
+
+
+@needs_rtx
+@pytest.mark.slow
+def test_logits_of_one_block_of_one_layer_are_kept_at_a_time(tmp_path: Path) -> None:
+    model = wide_attention_model()
+    path = tmp_path / "back.onnx"
+    path.write_bytes(model.SerializeToString())
     options = BuildOptions(
         backend="tensorrt-rtx",
         weights="random",
@@ -250,17 +319,7 @@ def test_logits_of_one_block_of_one_layer_are_kept_at_a_time(tmp_path: Path) -> 
         max_batch=1,
         compute_capability=("8.9",),
     )
-    request = PlanRequest(
-        role="back",
-        graph=tmp_path / "back.onnx",
-        plan=tmp_path / "back.plan",
-        inputs=specs(model.graph.input),
-        outputs=specs(model.graph.output),
-        profiles=options.profiles()["back"],
-        target=Target(backend="tensorrt-rtx", capabilities=("8.9",), gpu=None),
-        options=options,
-    )
-    built = build_plan(request, Silent())
+    built = build_plan(request_for(path, model, options, tmp_path), Silent())
     assert built.spec.device_memory_bytes is not None
     (stated,) = built.spec.device_memory_bytes
     logits = 24 * 4096 * 8192 * 2

@@ -13,6 +13,7 @@ from algorithm_1 import run_details, run_model
 from tiny import FAMILY_NAMES, Call, make_call, tiny_transformer
 from torch import Tensor
 
+from ditrim.engines.tensorrt_graph import graph_for_backend
 from ditrim.export.assemble import assemble_graph, check_linked, index_weights, write_linked
 from ditrim.export.checkpoint import find_checkpoint
 from ditrim.export.family import FAMILIES
@@ -151,8 +152,16 @@ def assembled(transformer: Any, family: str, folder: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [traced, assembled])
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize(
+    ("family", "make"),
+    [  # qwen-edit and qwen-edit-plus are one graph; traced, it is run in test_ablations.py
+        ("qwen-edit-plus", assembled),
+        ("qwen-edit-2511", assembled),
+        ("qwen-edit-2511", traced),
+        ("flux-kontext", assembled),
+        ("flux-kontext", traced),
+    ],
+)
 def test_graphs_tell_the_scores_of_every_layer(family: str, make: Any, tmp_path: Path) -> None:
     transformer = tiny_transformer(family)
     path = make(transformer, family, tmp_path)
@@ -168,3 +177,18 @@ def test_graphs_tell_the_scores_of_every_layer(family: str, make: Any, tmp_path:
         feeds = {name: value.contiguous().numpy() for name, value in inputs.items()}
         outputs = [torch.from_numpy(value) for value in session.run(None, feeds)]
         check_scores(transformer, call, kept, outputs, 1e-4)
+
+
+@pytest.mark.slow
+def test_tensorrt_rtx_parses_a_graph_with_details(tmp_path: Path) -> None:
+    trt = pytest.importorskip("tensorrt_rtx", reason="tensorrt-rtx is not installed")
+    path = assembled(tiny_transformer("flux-kontext"), "flux-kontext", tmp_path)
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(0)
+    parser = trt.OnnxParser(network, logger)
+    model = graph_for_backend(onnx.load(path, load_external_data=False), "tensorrt-rtx")
+    parsed = parser.parse(model.SerializeToString(), str(path))
+    assert parsed, [parser.get_error(i).desc() for i in range(parser.num_errors)]
+    names = {network.get_output(i).name for i in range(network.num_outputs)}
+    assert names == {"velocity", "influence", "layer_scores"}
