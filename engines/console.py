@@ -244,3 +244,51 @@ def _signals_noted(terminal: Terminal) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def steps_shown(terminal: Terminal, title: str, steps: int) -> Iterator[Callable[[int, str], None]]:
+    """A bar of so many steps with the remaining time on a terminal, one line elsewhere.
+
+    Gives a function that takes how many are done, and a word about the last one.
+    """
+    if terminal.is_quiet or not terminal.console.is_terminal:
+        terminal.stage(f"{title}: {steps} steps")
+        yield lambda done, detail: None
+        return
+    from rich.progress import MofNCompleteColumn, TimeRemainingColumn
+
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[detail]}"),
+        console=terminal.console,
+    ) as bar:
+        task = bar.add_task(title, total=steps, detail="")
+        yield lambda done, detail: bar.update(task, completed=done, detail=detail)
+
+
+@contextmanager
+def warnings_noted(terminal: Terminal) -> Iterator[None]:
+    """Show this package's warnings as notes; with --verbose they are in the log already."""
+    if terminal.is_verbose:
+        yield
+        return
+
+    said: set[str] = set()  # --compare-full runs everything more than once
+
+    class Notes(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            message = record.getMessage()
+            if message not in said:
+                said.add(message)
+                terminal.note(message)
+
+    package, handler = logging.getLogger("ditrim"), Notes(logging.WARNING)
+    package.addHandler(handler)
+    try:
+        yield
+    finally:
+        package.removeHandler(handler)

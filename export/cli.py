@@ -134,7 +134,7 @@ def _small_samples(count: int, seed: int) -> list[_Sample]:
 
 
 def _folder_samples(folder: Path, count: int, family: Family) -> list[_Sample]:
-    from ditrim.export.edit_set import load_edit_set
+    from ditrim.runtime.edit_set import load_edit_set
     from ditrim.runtime.images import open_picture
 
     samples = []

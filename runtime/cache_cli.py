@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditrim.engines.console import CommandParser, Terminal, run_command
+from ditrim.engines.console import CommandParser, Terminal, run_command, steps_shown
 from ditrim.plugins.errors import UsageError
 
 if TYPE_CHECKING:
@@ -116,8 +115,6 @@ def _calibrate(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
     manifest = engines.engine_set.manifest
     samples = _samples(args, str(manifest.source["kind"]))
 
-    import torch
-
     from ditrim.runtime.attachment import attach
     from ditrim.runtime.cache_calibration import (
         CacheCalibration,
@@ -127,14 +124,18 @@ def _calibrate(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
         save_calibration,
         weights_digest,
     )
-    from ditrim.runtime.pipelines import check_request, default_steps, load_pipeline, run_edit
+    from ditrim.runtime.pipelines import (
+        check_request,
+        component_dtype,
+        default_steps,
+        load_pipeline,
+        run_edit,
+        silence_libraries,
+    )
     from ditrim.runtime.policy import FullContext
 
-    _silence_libraries()
-    is_half = engines.device.type == "cuda" and engines.dtype != torch.float32
-    pipe = load_pipeline(
-        engines.engine_set, args.pipeline, dtype=torch.bfloat16 if is_half else None
-    )
+    silence_libraries()
+    pipe = load_pipeline(engines.engine_set, args.pipeline, dtype=component_dtype(engines))
     if engines.device.type == "cuda":
         pipe.to(engines.device)
     takes_guidance = any(spec.name == "guidance" for spec in manifest.graphs["front"].inputs)
@@ -143,13 +144,13 @@ def _calibrate(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
     for index, sample in enumerate(samples):
         check_request(pipe, _request(args, sample, steps, index), takes_guidance=takes_guidance)
     recorder = ChangeRecorder()
-    with _runs_shown(terminal, len(samples) * steps) as advance:
+    with steps_shown(terminal, "measuring", len(samples) * steps) as advance:
         for index, sample in enumerate(samples):
 
-            def on_step(done: int, total: int) -> None:
+            def on_step(done: int, total: int, first: int = index * steps) -> None:
                 if terminal.interrupted_by is not None:  # a library may have swallowed it
                     raise KeyboardInterrupt
-                advance()
+                advance(first + done, "")
 
             with attach(pipe, engines, FullContext(), cache=recorder):
                 run_edit(pipe, _request(args, sample, steps, index), on_step)
@@ -226,7 +227,7 @@ def _small_samples(count: int, seed: int) -> list[_Sample]:
 
 
 def _folder_samples(folder: Path, count: int) -> list[_Sample]:
-    from ditrim.export.edit_set import load_edit_set
+    from ditrim.runtime.edit_set import load_edit_set
     from ditrim.runtime.images import open_picture
 
     samples = []
@@ -250,33 +251,3 @@ def _request(args: argparse.Namespace, sample: _Sample, steps: int, index: int) 
         steps=steps,
         seed=args.seed + index,
     )
-
-
-def _silence_libraries() -> None:
-    """Their progress bars; the command shows its own."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-
-
-@contextmanager
-def _runs_shown(terminal: Terminal, total: int) -> Iterator[Callable[[], None]]:
-    """A bar of denoising steps on a terminal, one line elsewhere."""
-    if terminal.is_quiet or not terminal.console.is_terminal:
-        terminal.stage(f"measuring: {total} steps")
-        yield lambda: None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as Remaining
-
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        Remaining(elapsed_when_finished=True),
-        console=terminal.console,
-    ) as bar:
-        task = bar.add_task("measuring", total=total)
-        yield lambda: bar.advance(task)

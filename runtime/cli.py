@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ditrim.engines.console import CommandParser, Terminal, run_command
+from ditrim.engines.console import (
+    CommandParser,
+    Terminal,
+    run_command,
+    steps_shown,
+    warnings_noted,
+)
 from ditrim.plugins.errors import UsageError
 from ditrim.runtime.policy import FullContext, Policy
 from ditrim.runtime.topi import ToPi
@@ -158,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _edit(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
     """Everything that can be refused is refused before the first step."""
-    with _warnings_noted(terminal):
+    with warnings_noted(terminal):
         from ditrim.runtime.cache_calibration import step_cache_from
         from ditrim.runtime.policy_text import policy_from_text
 
@@ -172,8 +176,10 @@ def _edit(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
         from ditrim.runtime.pipelines import (
             EditRequest,
             check_request,
+            component_dtype,
             load_pipeline,
             region_from,
+            silence_libraries,
         )
 
         request = EditRequest(
@@ -197,8 +203,8 @@ def _edit(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
         policy, cache = policy_from_text(text, engine_set.manifest.model)
         if args.cache is not None:
             cache = step_cache_from(args.cache, engine_set)
-        _silence_libraries()
-        pipe = load_pipeline(engine_set, args.pipeline, dtype=_component_dtype(engines))
+        silence_libraries()
+        pipe = load_pipeline(engine_set, args.pipeline, dtype=component_dtype(engines))
         if engines.device.type == "cuda":
             pipe.to(engines.device)
         takes_guidance = any(
@@ -296,23 +302,6 @@ def _check_files(args: argparse.Namespace, policy: Policy, *, has_cache: bool) -
         taken[real] = option
 
 
-def _silence_libraries() -> None:
-    """Their progress bars; the command shows its own."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-
-
-def _component_dtype(engines: Engines) -> Any:
-    """Half precision on a GPU, and then bfloat16: text encoders overflow in float16."""
-    import torch
-
-    is_half = engines.device.type == "cuda" and engines.dtype != torch.float32
-    return torch.bfloat16 if is_half else None
-
-
 def _warm_up(pipe: Any, engines: Engines, request: EditRequest) -> None:
     """One anchor and one reduced step, so that the run measured first is not the slower for it."""
     from dataclasses import replace
@@ -353,14 +342,14 @@ def _run(
         timing=is_timed,
     ) as attachment:
         recorder = GridRecorder(attachment.transformer)
-        with _steps_shown(terminal, f"denoising, {title}", steps) as advance:
+        with steps_shown(terminal, f"denoising, {title}", steps) as advance:
 
             def on_step(done: int, total: int) -> None:
                 if terminal.interrupted_by is not None:  # a library may have swallowed it
                     raise KeyboardInterrupt
                 record = attachment.report.steps[-1]
                 kept = record.num_kept / record.num_reference
-                advance(done, total, f"{record.role}, {kept:.0%} of reference tokens")
+                advance(done, f"{record.role}, {kept:.0%} of reference tokens")
 
             start = time.perf_counter()
             image = run_edit(pipe, request, on_step)
@@ -373,32 +362,6 @@ def _run(
             grids=recorder.grids,
             geometry=describe_references(pipe, seen, image),
             seconds=seconds,
-        )
-
-
-@contextmanager
-def _steps_shown(
-    terminal: Terminal, title: str, steps: int
-) -> Iterator[Callable[[int, int, str], None]]:
-    """A bar of denoising steps on a terminal, one line elsewhere."""
-    if terminal.is_quiet or not terminal.console.is_terminal:
-        terminal.stage(f"{title}: {steps} steps")
-        yield lambda done, total, detail: None
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as Remaining
-
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        Remaining(elapsed_when_finished=True),
-        TextColumn("{task.fields[detail]}"),
-        console=terminal.console,
-    ) as bar:
-        task = bar.add_task(title, total=steps, detail="")
-        yield lambda done, total, detail: bar.update(
-            task, completed=done, total=total, detail=detail
         )
 
 
@@ -451,27 +414,3 @@ def _say(terminal: Terminal, content: dict[str, Any], *, has_reduced: bool) -> N
     for key in ("strip", "mask_output", "report"):
         if key in content:
             terminal.say(f"{key.replace('_output', '')}: {content[key]}")
-
-
-@contextmanager
-def _warnings_noted(terminal: Terminal) -> Iterator[None]:
-    """Show this package's warnings as notes; with --verbose they are in the log already."""
-    if terminal.is_verbose:
-        yield
-        return
-
-    said: set[str] = set()  # --compare-full runs everything more than once
-
-    class Notes(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            message = record.getMessage()
-            if message not in said:
-                said.add(message)
-                terminal.note(message)
-
-    package, handler = logging.getLogger("ditrim"), Notes(logging.WARNING)
-    package.addHandler(handler)
-    try:
-        yield
-    finally:
-        package.removeHandler(handler)

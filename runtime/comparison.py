@@ -306,6 +306,7 @@ def measures_of(report: RunReport) -> dict[str, Any]:
         "calls": len(report.steps),
         "calls_by_role": report.as_dict(with_steps=False)["calls_by_role"],
         "transformer_ms": round(report.total_ms, 4),
+        **({"policy_notes": report.notes} if report.notes else {}),
     }
 
 

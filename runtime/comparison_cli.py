@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditrim.engines.console import CommandParser, Terminal, run_command
+from ditrim.engines.console import CommandParser, Terminal, run_command, warnings_noted
 from ditrim.plugins.errors import UsageError
 
 if TYPE_CHECKING:
@@ -133,9 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _evaluate(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
     """Everything that can be refused is refused before the first run."""
-    from ditrim.runtime.cli import _component_dtype, _silence_libraries, _warnings_noted
-
-    with _warnings_noted(terminal):
+    with warnings_noted(terminal):
         seeds = _seeds_of(args.seeds)
         _check_numbers(args)
         _contenders(args.policy, None)
@@ -148,14 +146,19 @@ def _evaluate(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
         from ditrim.engines.load import load_engines
         from ditrim.runtime.comparison_folder import open_folder
         from ditrim.runtime.comparison_metrics import load_lpips
-        from ditrim.runtime.pipelines import EditRequest, load_pipeline
+        from ditrim.runtime.pipelines import (
+            EditRequest,
+            component_dtype,
+            load_pipeline,
+            silence_libraries,
+        )
 
         engines = load_engines(
             args.engine, device=args.device, threads=args.threads, verify=args.verify
         )
         contenders = _contenders(args.policy, engines.engine_set)
-        _silence_libraries()
-        pipe = load_pipeline(engines.engine_set, args.pipeline, dtype=_component_dtype(engines))
+        silence_libraries()
+        pipe = load_pipeline(engines.engine_set, args.pipeline, dtype=component_dtype(engines))
         if engines.device.type == "cuda":
             pipe.to(engines.device)
         request = EditRequest(

@@ -131,7 +131,7 @@ class AttentionMerge:
         out = merged.new_empty(batch, num_kept + 1, width)  # the last row takes unused places
         slots = self.slots.view(batch, -1, 1).expand(-1, -1, width)
         out.scatter_(1, slots, merged.view(batch, -1, width))
-        return out[:, :num_kept].to(x.dtype)
+        return out[:, :num_kept].to(x.dtype).contiguous()
 
     def unmerge(self, y: Tensor) -> Tensor:
         """See `TokenMerge.unmerge`: the transposed weights."""

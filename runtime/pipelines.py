@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from ditrim.engines.backend import Engines
     from ditrim.engines.engine_set import EngineSet
     from ditrim.runtime.policy import TokenGrid
 
@@ -340,3 +341,20 @@ class GridRecorder:
         for index in sorted({int(value) for value in ids[:, 0]}):
             rows = ids[ids[:, 0] == index]
             self.grids.append((int(rows[:, 1].max()) + 1, int(rows[:, 2].max()) + 1))
+
+
+def silence_libraries() -> None:
+    """Their progress bars; the command shows its own."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
+def component_dtype(engines: Engines) -> Any:
+    """Half precision on a GPU, and then bfloat16: text encoders overflow in float16."""
+    import torch
+
+    is_half = engines.device.type == "cuda" and engines.dtype != torch.float32
+    return torch.bfloat16 if is_half else None

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from ditrim.export.cli import main
-from ditrim.export.edit_set import load_edit_set
 from ditrim.plugins.errors import UsageError
+from ditrim.runtime.edit_set import load_edit_set
 
 
 @pytest.mark.slow
