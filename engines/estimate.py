@@ -16,7 +16,12 @@ from ditrim.engines.companions import COMPANIONS, Companion
 from ditrim.engines.devices import DEVICES, Device, device_named, present_device
 from ditrim.engines.estimate_text import lines_of
 from ditrim.engines.flops import CallSize
-from ditrim.engines.memory import ELEMENT_BYTES, activation_bytes, seam_bytes
+from ditrim.engines.memory import (
+    ELEMENT_BYTES,
+    activation_bytes,
+    scoring_code_bytes,
+    seam_bytes,
+)
 from ditrim.engines.options import PLAN_BACKENDS, BuildOptions
 from ditrim.engines.parameters import complete_config, count_parameters
 from ditrim.engines.profiles import is_scored, plan_roles
@@ -27,7 +32,6 @@ from ditrim.engines.source import Source, choose_split, find_source
 _PROFILE_BYTES = {"front": 1_350_000, "back": 800_000}
 _DOUBLE_BLOCK_BYTES = 2_450_000
 _SINGLE_BLOCK_BYTES = 1_450_000
-_SCORING_BYTES = 1_200_000  # and of a layer that scores
 # An ONNX graph without weights, for each block.
 _GRAPH_BLOCK_BYTES = 20_000
 # Host memory of a process that has imported torch and diffusers, and of a builder with nothing yet.
@@ -400,7 +404,7 @@ def _plan(
             _PROFILE_BYTES["front" if role == "front" else "back"]
             + _DOUBLE_BLOCK_BYTES * (len(layers) - num_single)
             + _SINGLE_BLOCK_BYTES * num_single
-            + _SCORING_BYTES * num_scored * scores
+            + scoring_code_bytes(options.backend, options.limits.noisy) * num_scored * scores
         )
         more = kernels * len(ladder.rungs)
     else:

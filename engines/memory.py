@@ -26,6 +26,7 @@ _BLOCK_ROWS = 64
 _RTX_BLOCK_ROWS, _RTX_LEAST_BLOCKS, _RTX_MOST_BLOCKS = 512, 8, 16
 # Code of a scored layer in a plan, for each profile: of the layer, and of each block of its rows.
 _SCORING_CODE, _BLOCK_CODE = 600_000, 680_000
+_PLUGIN_CODE = 1_200_000  # assumed
 # How much of a block's logits comes on top of what the graph takes anyway.
 _DOUBLE_STREAM_LOGITS = 1.0
 _SINGLE_STREAM_LOGITS = 0.5
@@ -92,7 +93,7 @@ def _states_of(
 def scoring_code_bytes(backend: str, num_rows: int) -> int:
     """What a scored layer adds to a plan for each profile, where up to so many rows are scored."""
     if backend != "tensorrt-rtx":
-        return _SCORING_CODE + _BLOCK_CODE  # assumed of the plugin
+        return _PLUGIN_CODE
     blocks = min(max(-(-num_rows // _RTX_BLOCK_ROWS), _RTX_LEAST_BLOCKS), _RTX_MOST_BLOCKS)
     return _SCORING_CODE + _BLOCK_CODE * (blocks if num_rows > _RTX_BLOCK_ROWS else 1)
 

@@ -40,7 +40,7 @@ _MOST_CHARACTERS = 600
 
 
 class Steps(Protocol):
-    """Who is told how far a plan is; `ditrim.engines.build.Progress` is one."""
+    """Who is told how far a plan is; `ditrim.engines.progress.Progress` is one."""
 
     def stage(self, name: str) -> None: ...
 
@@ -452,6 +452,11 @@ def explain_failure(lines: list[str], backend: str, request: PlanRequest | None)
         )
     elif _is_about(text, "out of memory", "outofmemory", "bad_alloc", "memoryallocation"):
         what = f"{head}: memory ran out.{_size_of(request)} To use less, {_LOWER}"
+    elif _is_about(text, "tensor volume exceeds"):
+        what = (
+            f"{head}: a tensor would have more elements than the library takes."
+            f"{_size_of(request)} To use less, {_LOWER}"
+        )
     elif _is_about(text, "could not find any implementation", "no implementation"):
         what = (
             f"{head}: it found no implementation for a layer. Often the workspace is too small: "

@@ -62,7 +62,9 @@ class TokenDrop:
         random: as many tokens of the source, chosen at random (Sec. 3.1, Table 1).
         dense_if_non_local: serve edits of the whole picture with all tokens; see `is_non_local`.
         max_kept_ratio, max_spread: beyond either, an edit is one of the whole picture.
-        num_bins: of the threshold's histogram; fewer suit grids of a few hundred tokens.
+        num_bins: of the threshold's histogram; none means a quarter of the source's tokens, from 16
+            to the usual 256 (from 1024 tokens on): with a few hundred tokens,
+            256 bins are mostly empty, and the threshold finds nothing to drop.
         seed: of random tokens.
     """
 
@@ -74,7 +76,7 @@ class TokenDrop:
     dense_if_non_local: bool = True
     max_kept_ratio: float = 0.9
     max_spread: float = 0.15
-    num_bins: int = 256
+    num_bins: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -84,7 +86,8 @@ class TokenDrop:
             check_count("full_steps", self.full_steps)
         for name in ("max_kept_ratio", "max_spread"):
             check_share(name, getattr(self, name), "1 never finds an edit non-local by it")
-        check_count("num_bins", self.num_bins, 2)
+        if self.num_bins is not None:
+            check_count("num_bins", self.num_bins, 2)
         check_count("seed", self.seed, 0)
         if None in (self.omega, self.full_steps):
             _defaults_of(self.model)
@@ -151,7 +154,7 @@ class TokenDropReducer(PlainReducer):
             residual.residual_map(step.latents, step.velocity, step.sigma, source),
             step.grids[0],
             policy.bias,
-            num_bins=policy.num_bins,
+            num_bins=policy.num_bins or _bins_for(source.shape[1]),
         )
         self._look(found, step.step)
         if self.dense_because is not None:
@@ -215,6 +218,10 @@ class TokenDropReducer(PlainReducer):
                 f"with a residual spread of {spreads[worst]:.3f} (limit {self.policy.max_spread}) "
                 f"and a mask that keeps {ratios[worst]:.3f} (limit {self.policy.max_kept_ratio})"
             )
+
+
+def _bins_for(length: int) -> int:
+    return min(256, max(16, length // 4))
 
 
 def _kept_tokens(found: ResidualMask, step: StepView) -> Tensor:

@@ -346,9 +346,14 @@ def small_editor(context: Context, backend: str, precision: str) -> tuple[dict[s
 
     count, steps = (2, 10) if context.is_quick else (8, 40)
     policies = {"full context": FullContext(), "ToPi": ToPi(tau=0.85, interval=5)}
-    truth, _ = build(context, "truth", preset="small")
+    truth, _ = build(context, "truth", preset="small", granularity=8)
     engine_set, seconds = build(
-        context, f"{backend}-{precision}", preset="small", backend=backend, precision=precision
+        context,
+        f"{backend}-{precision}",
+        preset="small",
+        granularity=8,  # of both, so that both keep the same tokens
+        backend=backend,
+        precision=precision,
     )
     expected = load_engines(truth, device="cpu")
     engines = load_engines(engine_set, device="cuda")

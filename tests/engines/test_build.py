@@ -448,8 +448,8 @@ def tiny_plans(folder: Path, family: str, **change: Any) -> BuildOptions:
 
 @needs_rtx
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-def test_plans_of_every_family_are_built_without_a_gpu(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize("family", ["qwen-edit-plus", "qwen-edit-2511"])
+def test_plans_of_families_that_are_built_nowhere_else(tmp_path: Path, family: str) -> None:
     options = tiny_plans(tmp_path, family)
     notes = Notes()
     result = run_build(options, progress=notes)

@@ -506,6 +506,10 @@ FAILURES = [
         r"found no implementation for a layer\. Often the workspace is too small: raise or leave",
     ),
     (
+        "Error Code 4: Internal Error (Tensor volume exceeds 2147483647, dimensions are [1,2,3])",
+        r"more elements than the library takes\. Now: .* To use less, lower --max-batch",
+    ),
+    (
         "Error Code 1: Myelin ([pass.cpp:1500: run_passes] Cannot compile for target(s) sm75, "
         "because the model contains HW-specific datatypes: b16.)",
         r"bf16 does not exist on a GPU that it is built for; use --precision fp16",

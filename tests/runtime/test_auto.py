@@ -19,11 +19,9 @@ from ditrim.plugins.errors import UsageError
 from ditrim.runtime.auto import Auto, FlooredCoverage, concentration, kept_influence
 from ditrim.runtime.policy import CallView, StepView
 from ditrim.runtime.quality import CAP_DB, Outlook, QualityModel, load_quality
-from ditrim.runtime.tokendrop import TokenDrop
 
 GRID = (6, 8)
 LENGTH = 48
-DROP = TokenDrop(num_bins=16)  # of 256, most are empty with 48 tokens
 
 
 def make_call(influence: torch.Tensor, *grids: tuple[int, int], step: int = 1) -> CallView:
@@ -75,7 +73,7 @@ def test_concentrated_influence_in_the_edited_corner_is_served_by_tokendrop() ->
     source, estimate = local_edit()
     influence = torch.full((1, LENGTH), 0.01)
     influence.view(1, *GRID)[:, :2, :3] = 10
-    policy = Auto(min_influence=0.6, interval=3, tokendrop=DROP)
+    policy = Auto(min_influence=0.6, interval=3)
     reducer, outcome = choose(policy, influence, source, estimate)
     notes = reducer.notes()
     assert notes["chosen"] in ("tokendrop", "coverage")
@@ -93,7 +91,7 @@ def test_influence_elsewhere_rules_tokendrop_out() -> None:
     source, estimate = local_edit()
     influence = torch.full((1, LENGTH), 0.01)
     influence.view(1, *GRID)[:, 4:, 5:] = 10  # far from what changes
-    reducer, outcome = choose(Auto(min_influence=0.9, tokendrop=DROP), influence, source, estimate)
+    reducer, outcome = choose(Auto(min_influence=0.9), influence, source, estimate)
     notes = reducer.notes()
     assert notes["chosen"] == "coverage"
     assert outcome.reduction is None
@@ -156,9 +154,7 @@ def test_a_copy_goes_on_by_itself() -> None:
     source, estimate = local_edit()
     influence = torch.full((1, LENGTH), 0.01)
     influence.view(1, *GRID)[:, :2, :3] = 10
-    reducer, _ = choose(
-        Auto(min_influence=0.6, interval=3, tokendrop=DROP), influence, source, estimate
-    )
+    reducer, _ = choose(Auto(min_influence=0.6, interval=3), influence, source, estimate)
     twin = copy.copy(reducer)
     assert twin.chosen is twin.drop
     assert twin.drop is not reducer.drop

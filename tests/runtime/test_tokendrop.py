@@ -46,7 +46,8 @@ def plain_mask(estimate: Array, source: Array, grid: tuple[int, int], omega: flo
         ]
     )
     scores = (blurred - blurred.min()) / (blurred.max() - blurred.min())
-    mask = scores > threshold_triangle(scores) - omega * scores.std()
+    bins = min(256, max(16, len(scores) // 4))
+    mask = scores > threshold_triangle(scores, nbins=bins) - omega * scores.std()
     return np.stack([scores, mask])
 
 
