@@ -1,7 +1,8 @@
 """Floating-point operations of one model call, counted from the configuration.
 
 Matrix products only (a multiply-add is two operations): normalisation, activation and softmax are
-left out, as ToPi's App. F leaves them out.
+left out, as ToPi's App. F leaves them out. Of these, every one is counted: embeddings, modulation
+and scoring too. `cost` adds the bytes that they move.
 """
 
 from __future__ import annotations
@@ -9,6 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from ditrim.engines.parameters import complete_config
+
+# Width of the sinusoids that a timestep is embedded with.
+_TIMESTEP_CHANNELS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +70,10 @@ def block_products(
         has_text_output: false for the last block of a graph without a use for its text, from which
             the exporter drops the text's output projection and MLP.
     """
+    config = complete_config(config, architecture)
     heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
     width, batch = heads * head_dim, size.batch
+    num_times = batch * (1 + bool(config.get("zero_cond_t")))  # references modulated at t = 0
     image = (size.num_noisy + size.num_reference) * batch
     text = size.num_text * batch
     joint = size.num_noisy + size.num_reference + size.num_text
@@ -89,7 +97,7 @@ def block_products(
             MatrixProduct(m=tokens, k=width, n=width, count=4),
             MatrixProduct(m=tokens, k=width, n=4 * width),
             MatrixProduct(m=tokens, k=4 * width, n=width),
-            MatrixProduct(m=batch, k=width, n=6 * width),
+            MatrixProduct(m=num_times, k=width, n=6 * width),
         )
     ]
     if not has_text_output:
@@ -97,12 +105,71 @@ def block_products(
     return [*attention, *streams]
 
 
-def graph_products(
-    config: Mapping[str, Any], architecture: str, layers: range, size: CallSize, role: str
+def embedding_products(
+    config: Mapping[str, Any], architecture: str, size: CallSize
 ) -> list[MatrixProduct]:
-    """Matrix products of FRONT ("front": embeddings and its blocks) or BACK (blocks and output)."""
+    """Matrix products before the first block: latents, text, times, FLUX's guidance and pooled."""
+    config = complete_config(config, architecture)
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    image = (size.num_noisy + size.num_reference) * size.batch
+    image, batch = (size.num_noisy + size.num_reference) * size.batch, size.batch
+    num_times = 1 + bool(config.get("zero_cond_t"))
+    if architecture == "flux":
+        num_times += bool(config["guidance_embeds"])
+    products = [
+        MatrixProduct(m=image, k=config["in_channels"], n=width),
+        MatrixProduct(m=size.num_text * batch, k=config["joint_attention_dim"], n=width),
+        MatrixProduct(m=batch, k=_TIMESTEP_CHANNELS, n=width, count=num_times),
+        MatrixProduct(m=batch, k=width, n=width, count=num_times),
+    ]
+    if architecture == "flux":
+        products += [
+            MatrixProduct(m=batch, k=config["pooled_projection_dim"], n=width),
+            MatrixProduct(m=batch, k=width, n=width),
+        ]
+    return products
+
+
+def scoring_products(
+    config: Mapping[str, Any], architecture: str, size: CallSize, num_rows: int
+) -> list[MatrixProduct]:
+    """Matrix products that score one layer (ToPi Eq. 9), in the two-pass form of `LogSumExp`.
+
+    Args:
+        config, architecture: see `block_products`.
+        size: of the call; `num_reference` is what BACK runs on.
+        num_rows: noisy rows that are scored.
+    """
+    config = complete_config(config, architecture)
+    heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
+    joint, count = size.num_noisy + size.num_reference + size.num_text, heads * size.batch
+    return [
+        MatrixProduct(m=num_rows, k=head_dim, n=joint, count=count, is_batched=True),
+        MatrixProduct(m=size.num_reference, k=head_dim, n=num_rows, count=count, is_batched=True),
+    ]
+
+
+def graph_products(
+    config: Mapping[str, Any],
+    architecture: str,
+    layers: range,
+    size: CallSize,
+    role: str,
+    *,
+    num_rows: int = 0,
+    num_scored: int = 0,
+) -> list[MatrixProduct]:
+    """Matrix products of FRONT ("front": embeddings and its blocks) or BACK (blocks and output).
+
+    Args:
+        config, architecture: see `block_products`.
+        layers: the graph's blocks.
+        size: of the call; `num_reference` is what the graph runs on.
+        role: "front" or "back".
+        num_rows, num_scored: noisy rows that are scored, and in how many layers.
+    """
+    config = complete_config(config, architecture)
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    has_single = architecture == "flux" and config["num_single_layers"] > 0
     products = [
         product
         for layer in layers
@@ -111,21 +178,18 @@ def graph_products(
             architecture,
             layer,
             size,
-            has_text_output=architecture == "flux" or role == "front" or layer != layers[-1],
+            has_text_output=has_single or role == "front" or layer != layers[-1],
         )
     ]
     if role == "front":
-        products += [
-            MatrixProduct(m=image, k=config["in_channels"], n=width),
-            MatrixProduct(m=size.num_text * size.batch, k=config["joint_attention_dim"], n=width),
-        ]
-    else:
-        patch = config["patch_size"] ** 2
-        out_channels = (config["out_channels"] or config["in_channels"]) * patch
-        products += [
-            MatrixProduct(m=size.batch, k=width, n=2 * width),
-            MatrixProduct(m=size.num_noisy * size.batch, k=width, n=out_channels),
-        ]
+        return products + embedding_products(config, architecture, size)
+    channels = (config["out_channels"] or config["in_channels"]) * config["patch_size"] ** 2
+    products += [
+        MatrixProduct(m=size.batch, k=width, n=2 * width),
+        MatrixProduct(m=size.num_noisy * size.batch, k=width, n=channels),
+    ]
+    if num_rows:
+        products += num_scored * scoring_products(config, architecture, size, num_rows)
     return products
 
 

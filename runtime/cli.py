@@ -226,7 +226,7 @@ def _edit(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
         run = _run(
             pipe, engines, reducing, request, terminal, is_timed, f"{text.split()[0]} policy"
         )
-        return _write(args, terminal, engines, request, policy, run, full)
+        return _write(args, terminal, engines, request, reducing, run, full)
 
 
 def _policy_text(args: argparse.Namespace, terminal: Terminal) -> str:
@@ -370,7 +370,7 @@ def _write(
     terminal: Terminal,
     engines: Engines,
     request: EditRequest,
-    policy: Policy,
+    reducing: Reducing,
     run: EditRun,
     full: EditRun | None,
 ) -> dict[str, Any]:
@@ -378,9 +378,17 @@ def _write(
     from ditrim.runtime import edit_results as results
     from ditrim.runtime.images import save_picture, write_file
 
+    policy = reducing.policy
     metadata = results.picture_metadata(request, policy, engines)
     content = {"output": args.output, **results.summarise_run(run, policy, request)}
     save_picture(run.image, args.output, metadata)
+    if reducing.cache is not None:
+        content["cache"] = {
+            **results.options_of(reducing.cache),
+            "reused_calls": len(run.report.of_role("reuse")),
+        }
+    if args.keep_region is not None:
+        content["keep_region"] = args.keep_region
     if full is not None:
         content["comparison"] = results.compare_runs(run, full)
     if args.mask_output is not None:

@@ -51,16 +51,16 @@ class EditRun:
 def describe_policy(policy: Policy) -> dict[str, Any]:
     """A policy's name and options, for JSON; `text` gives it again."""
     text = policy_to_text(policy)
-    return {"name": text.split()[0], "text": text, **_options_of(policy)}
+    return {"name": text.split()[0], "text": text, **options_of(policy)}
 
 
-def _options_of(policy: Any) -> dict[str, Any]:
-    """Plain values; a policy inside another gives its options by its own name."""
+def options_of(choice: Any) -> dict[str, Any]:
+    """Plain values of a policy or cache; a policy inside another gives its own."""
     return {
-        item.name: _options_of(value) if is_dataclass(value) else value
-        for item in fields(policy)
-        if not item.name.startswith("_")
-        for value in [getattr(policy, item.name)]
+        item.name: options_of(value) if is_dataclass(value) else value
+        for item in fields(choice)
+        if item.init and not item.name.startswith("_")
+        for value in [getattr(choice, item.name)]
     }
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ditrim.engines.backend import Engines
+from ditrim.runtime.matching import TokenMerge
 from ditrim.runtime.model_inputs import ModelInputs, rows_of
 from ditrim.runtime.policy import Reduction
 from ditrim.runtime.rope import RopeTables
@@ -43,12 +44,15 @@ class FrontResult:
         hidden: FRONT's outputs.
         rope: the tables that FRONT ran on.
         tables: of the whole geometry.
+        latents: (B, G, c) that it ran on; timestep: (B,).
     """
 
     rows: Tensor | None
     hidden: dict[str, Tensor]
     rope: dict[str, Tensor]
     tables: RopeTables
+    latents: Tensor
+    timestep: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +140,14 @@ class EngineCalls:
         clock.lap("other")
         self.engines.run("front", front_inputs, hidden)
         clock.lap("front")
-        return FrontResult(None if text_rows is None else rows, hidden, rope, tables)
+        return FrontResult(
+            None if text_rows is None else rows,
+            hidden,
+            rope,
+            tables,
+            front_inputs["noisy_latents"],
+            front_inputs["timestep"],
+        )
 
     def run_back(
         self,
@@ -174,7 +185,9 @@ class EngineCalls:
                 one[f"noisy_rope_{name}"] = table[tokens]
                 one[f"text_rope_{name}"] = rope[f"text_rope_{name}"]
             parts.append(self._call_back(graph, one, {}, first_rows, clock))
-        velocity = merge.unmerge(torch.cat([part.velocity for part in parts]))
+        velocity = unmerge_velocity(
+            merge, torch.cat([part.velocity for part in parts]), front.latents, front.timestep
+        )
         clock.lap("gather")
         return replace(
             parts[0],
@@ -248,6 +261,26 @@ class EngineCalls:
                 self._expanded.popitem(last=False)
         self._expanded.move_to_end(full_key)
         return self._expanded[full_key]
+
+
+def unmerge_velocity(
+    merge: TokenMerge, velocity: Tensor, latents: Tensor, timestep: Tensor
+) -> Tensor:
+    """The velocity of every token of merged ones, whose clean estimates are copied.
+
+    Tokens of a group share what they will become, not the noise that they started from. With the
+    clean estimate z - t v of the group's mean, a token's velocity is (z_i - (z - t v)) / t. Copying
+    velocities alone leaves each token the difference between its noise and the group's.
+
+    Args:
+        merge: of the noisy tokens.
+        velocity: (B, G', c), of the merged tokens; latents: (B, G, c), of all.
+        timestep: (B,), t.
+    """
+    wide = torch.promote_types(velocity.dtype, torch.float32)
+    own = latents.to(wide)
+    noise = (own - merge.unmerge(merge.merge(own))) / timestep.to(wide)[:, None, None]
+    return (merge.unmerge(velocity.to(wide)) + noise).to(velocity.dtype)
 
 
 def gather_rows(hidden: Tensor, kept: Tensor) -> Tensor:

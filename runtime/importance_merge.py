@@ -9,8 +9,9 @@ What the paper leaves open, and what is done here:
 - References are not generated and have no guidance difference in any model. The paper takes "all
   reliable per token importance signals" (Sec. 3): theirs is the influence (ToPi Eq. 9), which
   anchor steps measure.
-- BACK's velocity is what is copied back to merged noisy tokens. The paper copies a layer's output,
-  to which every token still adds its own hidden state.
+- Merged noisy tokens get the clean estimate of their group back, and keep their own noise. The
+  paper copies a layer's output, to which every token still adds its own hidden state; copying
+  BACK's velocity alone leaves noise in the picture.
 - It merges around single layers; here, FRONT runs on everything and BACK's tokens are merged once.
 - Its early steps are given as a number of 50 (of 30 for video), not as a share of the schedule.
 """

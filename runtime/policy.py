@@ -34,7 +34,8 @@ class Reduction:
     Attributes:
         kept: (B, K') int64, ascending: reference tokens; none means all of them.
         merge: averages the references into as many tokens at `kept`, in place of dropping.
-        noisy_merge: the same for the noisy tokens; BACK's velocity is brought back to all of them.
+        noisy_merge: the same for the noisy tokens; the clean estimate is copied back to all of
+            them (`engine_calls.unmerge_velocity`).
         before_front: FRONT too runs on `kept` alone (there is no `merge` then).
     """
 

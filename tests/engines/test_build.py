@@ -424,7 +424,6 @@ def test_real_build_interrupted_while_tracing_leaves_the_previous_set(
 
 HAS_RTX = importlib.util.find_spec("tensorrt_rtx") and importlib.util.find_spec("polygraphy")
 needs_rtx = pytest.mark.skipif(not HAS_RTX, reason="tensorrt-rtx and polygraphy are not installed")
-FAMILIES = ("qwen-edit", "qwen-edit-plus", "qwen-edit-2511", "flux-kontext")
 
 
 def tiny_plans(folder: Path, family: str, **change: Any) -> BuildOptions:
