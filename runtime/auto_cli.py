@@ -105,7 +105,7 @@ def _seen(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Outlook, flo
         if method not in METHODS or row.get("psnr_db") is None:
             continue
         for item in notes["candidates"]:
-            if item["policy"] == method:
+            if item["policy"] == method and "ruled_out" not in item:
                 outlook = Outlook(
                     ratio=item["kept_ratio"],
                     influence=item["kept_influence"],

@@ -86,7 +86,11 @@ NO_ENGINE = {"engine": "no-engine-is-looked-for"}
         ({"warmup": -1}, "warmup must be an integer of at least 0, got -1"),
         ({"score_every": 0}, "score_every must be an integer of at least 1, got 0"),
         ({"min_kept": 9, "max_kept": 8}, "max_kept (8) is less than min_kept (9)"),
-        ({"policy": "best"}, "argument --policy: invalid choice: 'best'"),
+        ({"policy": "best"}, "policy 'best' is unknown; allowed: full, topi, coverage, random"),
+        ({"policy": "topi speed=9"}, "policy topi has no option 'speed'"),
+        ({"policy": "coverage ratio=2"}, "ratio must be a number in [0, 1], got 2"),
+        ({"policy": "tokendrop", "tau": 0.5}, "policy tokendrop has no option 'tau'"),
+        ({"policy": " "}, "--policy is empty; name one, as --policy topi"),
         ({"verify": "all"}, "argument --verify: invalid choice: 'all'"),
         ({"steps": 0}, "--steps must lie in [1, 1000], got 0"),
         ({"seed": -1}, "--seed must lie in [0, 4294967295], got -1"),
@@ -285,6 +289,91 @@ def test_policy_options_that_have_no_effect_are_noted(edit: Run) -> None:
     code, _, shown = edit(policy="full", tau=0.5)
     assert code == 0
     assert "--policy full runs every token in every step; --tau, --interval has no effect" in shown
+
+
+@pytest.mark.parametrize(
+    ("policy", "roles"),
+    [
+        ("coverage ratio=0.4", ["anchor", "reduced"] * 2),
+        ("auto min_influence=0.5 look=1", ["anchor", "reduced", "anchor", "reduced"]),
+        ("tokendrop full_steps=1 dense_if_non_local=false", ["full"] + ["reduced"] * 3),
+        ("ibtm ratio=0.5 prune_steps=1", ["anchor", "reduced"] * 2),
+        ("tomesd ratio=0.5 interval=none", ["reduced"] * 4),
+        ("full", ["full"] * 4),
+    ],
+)
+def test_every_policy_edits_and_reports(
+    policy: str, roles: list[str], edit: Run, tmp_path: Path
+) -> None:
+    takes_interval = not policy.startswith(("full", "tokendrop", "tomesd"))
+    report = tmp_path / "report.json"
+    code, content, _ = edit(policy=policy, interval=2 if takes_interval else None, report=report)
+    assert code == 0, content
+    run = json.loads(report.read_text())["run"]
+    assert [step["role"] for step in run["steps"]] == roles
+    assert content["policy"]["name"] == policy.split()[0]
+    if policy.startswith("auto"):
+        assert run["policy_notes"]["chosen"] == "coverage"
+        assert "kept influence 0.5" in run["policy_notes"]["why"]
+
+
+def test_a_policys_text_gives_the_same_picture_again(edit: Run, tmp_path: Path) -> None:
+    code, content, _ = edit(policy="coverage ratio=0.4 exponent=1", seed=5)
+    assert code == 0
+    first = (tmp_path / "out.png").read_bytes()
+    code, again, _ = edit(policy=content["policy"]["text"], interval=None, seed=5)
+    assert code == 0
+    assert again["policy"] == content["policy"]
+    assert (tmp_path / "out.png").read_bytes() == first
+
+
+def test_a_cache_spares_back_and_is_reported(edit: Run) -> None:
+    code, content, _ = edit("--compare-full", policy="full", interval=None, cache=9.0)
+    assert code == 0
+    assert content["cache"] == {
+        "threshold": 9.0,
+        "max_reuses": None,
+        "tokens": "noisy",
+        "reused_calls": 3,
+    }
+    assert content["comparison"]["psnr_db"] < 99
+    code, content, _ = edit(cache="much")
+    assert code == 2
+    assert "a step cache is a threshold, as 0.08, or a file of calibrate-cache" in content["error"]
+
+
+def test_tokens_of_a_region_are_kept(edit: Run, tmp_path: Path) -> None:
+    region, report = tmp_path / "region.png", tmp_path / "mask.png"
+    mask = Image.new("L", (48, 48))
+    mask.paste(255, (4, 8, 20, 16))  # 4 x 2 tokens of 4 pixels
+    mask.save(region)
+    plain = edit(tau=0.01)[1]["kept_ratio"] * 144
+    code, content, _ = edit(tau=0.01, keep_region=region, mask_output=report)
+    assert code == 0
+    assert content["keep_region"] == str(region)
+    assert 7.9 < content["kept_ratio"] * 144 < 8.1 + plain
+    shown = np.asarray(Image.open(report).convert("RGB")).astype(int)  # 16 pixels a token
+    kept, dropped = shown[38:58, 22:74].sum(), shown[38:58, 118:170].sum()
+    seen = np.asarray(drawn_source()).astype(int)
+    assert kept / seen[10:14, 6:18].sum() > 2 * dropped / seen[10:14, 30:42].sum()
+
+
+@pytest.mark.parametrize(
+    ("size", "light", "policy", "message"),
+    [
+        ((48, 48), 0, "topi", "the region is empty: nothing in its mask is lighter than half"),
+        ((48, 20), 255, "topi", "the region is 48 x 20 pixels and the picture 48 x 48: both need"),
+        ((48, 48), 255, "toma", "ToMA takes no region; use a policy that keeps"),
+    ],
+)
+def test_regions_that_cannot_be_kept_are_refused(
+    size: tuple[int, int], light: int, policy: str, message: str, edit: Run, tmp_path: Path
+) -> None:
+    region = tmp_path / "region.png"
+    Image.new("L", size, light).save(region)
+    code, content, _ = edit(policy=policy, keep_region=region)
+    assert code == 2
+    assert message in content["error"]
 
 
 def test_prompt_of_ten_thousand_words_is_cut_with_a_note(edit: Run, tmp_path: Path) -> None:
