@@ -10,7 +10,7 @@ from typing import Any
 
 from ditrim.engines.console import CommandParser, Terminal, run_command
 from ditrim.plugins.errors import UsageError
-from ditrim.runtime.quality import METHODS, Outlook, QualityModel
+from ditrim.runtime.quality import LEAST_RUNS, METHODS, Outlook, QualityModel
 
 _EXAMPLES = """\
   evaluate-policies --engine <set> --edits train --count 48 --output auto-runs \\
@@ -59,6 +59,12 @@ def _calibrate(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
             f"{folder} has no runs that auto served with coverage; calibrate-auto --help shows "
             "which policies to run"
         )
+    for method in METHODS:
+        if method != "coverage" and 0 < len(runs.get(method, ())) < LEAST_RUNS:
+            terminal.note(
+                f"{len(runs.pop(method))} runs of {method} are too few for a fit (at least "
+                f"{LEAST_RUNS}): with this predictor, auto leaves it out"
+            )
     fitted = QualityModel.fit(settings["model"], settings["engine_identity"], runs)
     # The share of runs that came out no worse than predicted, on the runs that were fitted.
     kept = {

@@ -19,7 +19,7 @@ from ditrim.plugins.errors import UsageError
 FORMAT = "ditrim-quality-1"
 METHODS = ("coverage", "tokendrop")
 _LEAST_SHARE = 1e-3  # what is given up counts as at least this, so that its logarithm is finite
-_LEAST_RUNS = 12
+LEAST_RUNS = 12
 CAP_DB = 100.0
 
 
@@ -92,10 +92,10 @@ class QualityModel:
         for method, pairs in runs.items():
             terms = np.array([outlook.features() for outlook, _ in pairs])
             values = np.array([min(psnr, CAP_DB) for _, psnr in pairs])
-            if len(pairs) < _LEAST_RUNS or not np.ptp(terms, axis=0).any():
+            if len(pairs) < LEAST_RUNS or not np.ptp(terms, axis=0).any():
                 raise UsageError(
                     f"{len(pairs)} runs of {method} do not tell how quality depends on what is "
-                    f"kept; give at least {_LEAST_RUNS}, with different kept ratios"
+                    f"kept; give at least {LEAST_RUNS}, with different kept ratios"
                 )
             solution = np.linalg.lstsq(terms, values, rcond=None)[0]
             coefficients[method] = tuple(float(value) for value in solution)
