@@ -246,6 +246,29 @@ def _signals_noted(terminal: Terminal) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that runs an engine set in its pipeline."""
+    machine = parser.add_argument_group("machine")
+    machine.add_argument(
+        "--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda or cuda:N"
+    )
+    machine.add_argument(
+        "--threads", type=int, default=0, metavar="N", help="CPU threads (default: one a core)"
+    )
+    machine.add_argument(
+        "--pipeline",
+        metavar="FOLDER|HUB-ID",
+        help="where VAE, text encoder and scheduler are (default: where the engine set's weights "
+        "came from)",
+    )
+    machine.add_argument(
+        "--verify",
+        choices=("sizes", "hashes"),
+        default="sizes",
+        help="how the engine set's files are checked (default: sizes)",
+    )
+
+
 @contextmanager
 def steps_shown(terminal: Terminal, title: str, steps: int) -> Iterator[Callable[[int, str], None]]:
     """A bar of so many steps with the remaining time on a terminal, one line elsewhere.

@@ -9,7 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditrim.engines.console import CommandParser, Terminal, run_command, steps_shown
+from ditrim.engines.console import (
+    CommandParser,
+    Terminal,
+    add_machine_options,
+    run_command,
+    steps_shown,
+)
 from ditrim.plugins.errors import UsageError
 
 if TYPE_CHECKING:
@@ -64,19 +70,7 @@ def _parser() -> CommandParser:
     parser.add_argument(
         "--degree", type=int, default=4, metavar="N", help="of the polynomial (default: 4)"
     )
-    machine = parser.add_argument_group("machine")
-    machine.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda or cuda:N"
-    )
-    machine.add_argument(
-        "--threads", type=int, default=0, metavar="N", help="CPU threads (default: one a core)"
-    )
-    machine.add_argument(
-        "--pipeline",
-        metavar="FOLDER|HUB-ID",
-        help="where VAE, text encoder and scheduler are (default: where the engine set's weights "
-        "came from)",
-    )
+    add_machine_options(parser)
     return parser
 
 
@@ -111,7 +105,9 @@ def _calibrate(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
     terminal.stage(f"loading {args.engine}")
     from ditrim.engines.load import load_engines
 
-    engines = load_engines(args.engine, device=args.device, threads=args.threads)
+    engines = load_engines(
+        args.engine, device=args.device, threads=args.threads, verify=args.verify
+    )
     manifest = engines.engine_set.manifest
     samples = _samples(args, str(manifest.source["kind"]))
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ditrim.engines.console import (
     CommandParser,
     Terminal,
+    add_machine_options,
     run_command,
     steps_shown,
     warnings_noted,
@@ -109,25 +110,7 @@ def _parser() -> CommandParser:
         metavar="FILE",
         help="mask of the first picture: reference tokens under its light parts are always kept",
     )
-    machine = parser.add_argument_group("machine")
-    machine.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda or cuda:N"
-    )
-    machine.add_argument(
-        "--threads", type=int, default=0, metavar="N", help="CPU threads (default: one a core)"
-    )
-    machine.add_argument(
-        "--pipeline",
-        metavar="FOLDER|HUB-ID",
-        help="where VAE, text encoder and scheduler are (default: where the engine set's weights "
-        "came from)",
-    )
-    machine.add_argument(
-        "--verify",
-        choices=("sizes", "hashes"),
-        default="sizes",
-        help="how the engine set's files are checked (default: sizes)",
-    )
+    add_machine_options(parser)
     more = parser.add_argument_group("further results")
     more.add_argument("--report", metavar="FILE", help="what every step did, as JSON")
     more.add_argument(

@@ -12,7 +12,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditrim.engines.console import CommandParser, Terminal, run_command, warnings_noted
+from ditrim.engines.console import (
+    CommandParser,
+    Terminal,
+    add_machine_options,
+    run_command,
+    warnings_noted,
+)
 from ditrim.plugins.errors import UsageError
 
 if TYPE_CHECKING:
@@ -94,25 +100,7 @@ def _parser() -> CommandParser:
     )
     compared.add_argument("--width", type=int, metavar="PX", help="of the results")
     compared.add_argument("--height", type=int, metavar="PX", help="of the results")
-    machine = parser.add_argument_group("machine")
-    machine.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda or cuda:N"
-    )
-    machine.add_argument(
-        "--threads", type=int, default=0, metavar="N", help="CPU threads (default: one a core)"
-    )
-    machine.add_argument(
-        "--pipeline",
-        metavar="FOLDER|HUB-ID",
-        help="where VAE, text encoder and scheduler are (default: where the engine set's weights "
-        "came from)",
-    )
-    machine.add_argument(
-        "--verify",
-        choices=("sizes", "hashes"),
-        default="sizes",
-        help="how the engine set's files are checked (default: sizes)",
-    )
+    add_machine_options(parser)
     results = parser.add_argument_group("results")
     results.add_argument("--output", required=True, type=Path, metavar="FOLDER")
     results.add_argument(

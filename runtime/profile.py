@@ -297,6 +297,29 @@ def noise_complaint(profile: Profile) -> str | None:
     )
 
 
+def paired_ratio(first: Row, second: Row) -> Statistics:
+    """How many times as long the first took, round by round; what slows a round cancels."""
+    pairs = zip(first.samples_ms, second.samples_ms, strict=True)
+    return statistics_of([a / b for a, b in pairs])
+
+
+def ratios_of(profile: Profile, geometry: tuple[int, int, int, int]) -> dict[str, Statistics]:
+    """What follows from rows of the same rounds.
+
+    Returns:
+        "scored": an anchor's BACK over the same length unscored. "outside": the share of a call
+        that the runtime spends outside the two graphs.
+    """
+    found = {}
+    back, anchor = profile.find("back", geometry, geometry[3]), profile.find("anchor", geometry)
+    if back is not None and anchor is not None:
+        found["scored"] = paired_ratio(anchor, back)
+    overhead, step = profile.find("overhead", geometry), profile.find("step", geometry)
+    if overhead is not None and step is not None:
+        found["outside"] = paired_ratio(overhead, step)
+    return found
+
+
 _ENGINE_TYPES: dict[str, type | tuple[type, ...]] = {
     "model": str,
     "architecture": str,
@@ -349,16 +372,27 @@ def load_profile(path: str | os.PathLike[str], option: str = "--profile") -> Pro
         raise UsageError(f"{option} {path} is damaged: {missing}; measure again") from None
 
 
+def _is_number(value: object) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and 0 < value < math.inf  # type: ignore[operator]
+
+
 def _profile_from(content: Mapping[str, Any]) -> Profile:
     engine, machine, settings = (content[key] for key in ("engine", "machine", "settings"))
     for name, kind in _ENGINE_TYPES.items():
         if not isinstance(engine[name], kind):
             raise UsageError(f"engine.{name} is {engine[name]!r}")
-    for name in ("name", "device", "cores", "versions"):
-        _ = machine[name]
+    for name, kind in {"name": str, "device": str, "cores": int, "versions": dict}.items():
+        if not isinstance(machine[name], kind):
+            raise UsageError(f"machine.{name} is {machine[name]!r}")
+    if not isinstance(machine.get("load", {}), dict):
+        raise UsageError(f"machine.load is {machine['load']!r}")
     for name in ("repeats", "max_noise"):
-        if not isinstance(settings[name], (int, float)):
+        if not _is_number(settings[name]):
             raise UsageError(f"settings.{name} is {settings[name]!r}")
+    for name in ("tflops", "gb_s"):
+        if content["peak"][name] is not None and not _is_number(content["peak"][name]):
+            raise UsageError(f"peak.{name} is {content['peak'][name]!r}")
     allowed = {item.name for item in fields(Row)}
     rows = []
     for entry in content["rows"]:

@@ -19,8 +19,8 @@ from ditrim.engines.console import (
 from ditrim.plugins.errors import DitrimError, LadderError, UsageError
 
 if TYPE_CHECKING:
-    from ditrim.engines.manifest import Manifest
     from ditrim.engines.engine_set import EngineSet
+    from ditrim.engines.manifest import Manifest
     from ditrim.runtime.profile import Profile
     from ditrim.runtime.profile_measure import Geometry
     from ditrim.runtime.profile_projection import Comparison, Projection, Target
@@ -233,13 +233,8 @@ def _measure(args: argparse.Namespace, terminal: Terminal) -> tuple[Profile, Tar
     import torch
 
     from ditrim.engines.load import load_engines
-    from ditrim.runtime.profile_measure import (
-        Meter,
-        clocks,
-        describe_machine,
-        load_average,
-        profile_of,
-    )
+    from ditrim.runtime.machine import clocks, describe_machine, load_average
+    from ditrim.runtime.profile_measure import Meter, profile_of
 
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -247,7 +242,7 @@ def _measure(args: argparse.Namespace, terminal: Terminal) -> tuple[Profile, Tar
     machine = describe_machine(engines, args.threads)
     meter = Meter(engines, geometries, rungs, args.tau)
     rounds = args.warmup + args.repeats
-    with steps_shown(terminal, f"measuring {len(geometries)} sizes", rounds) as advance:
+    with steps_shown(terminal, _title(len(geometries)), rounds) as advance:
 
         def on_round(done: int, detail: str) -> None:
             if terminal.interrupted_by is not None:  # a library may have swallowed it
@@ -264,6 +259,10 @@ def _measure(args: argparse.Namespace, terminal: Terminal) -> tuple[Profile, Tar
         "max_noise": 0.1 if args.max_noise is None else args.max_noise,
     }
     return profile_of(meter, settings, machine), target
+
+
+def _title(count: int) -> str:
+    return "measuring one size in rounds" if count == 1 else f"measuring {count} sizes in rounds"
 
 
 def geometries_of(args: argparse.Namespace, engine_set: EngineSet) -> list[Geometry]:
@@ -394,7 +393,7 @@ def _write(
 ) -> dict[str, Any]:
     """Write and say everything; returns what `--json` prints."""
     from ditrim.runtime import profile_text
-    from ditrim.runtime.profile import PRODUCT, describe_row
+    from ditrim.runtime.profile import PRODUCT, describe_row, ratios_of
 
     content: dict[str, Any] = {
         "machine": dict(profile.machine),
@@ -403,6 +402,13 @@ def _write(
         "rows": [describe_row(profile, row) for row in profile.rows if row.part != PRODUCT],
         "pulse": [describe_row(profile, row) for row in profile.rows if row.part == PRODUCT],
     }
+    content["ratios"] = [
+        {
+            "geometry": list(geometry),
+            **{name: asdict(item) for name, item in ratios_of(profile, geometry).items()},
+        }
+        for geometry in profile.geometries
+    ]
     terminal.say(profile_text.profile_table(profile))
     if estimates:
         content["schedule"] = [asdict(estimate) for estimate in estimates]

@@ -8,15 +8,11 @@ the current stream.
 from __future__ import annotations
 
 import gc
-import os
-import platform
-import subprocess
+import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,19 +25,16 @@ from ditrim.engines.flops import CallSize
 from ditrim.engines.manifest import Manifest
 from ditrim.runtime.denoiser import Denoiser
 from ditrim.runtime.engine_calls import Clock, EngineCalls, FrontResult, gather_rows
+from ditrim.runtime.machine import held_bytes
 from ditrim.runtime.model_inputs import ModelInputs
 from ditrim.runtime.policy import CallView, FullContext, Reduction
 from ditrim.runtime.profile import PRODUCT, Profile, Row
+from ditrim.runtime.reference_product import PRODUCT_COST, PRODUCT_SIDE, plain_products
 from ditrim.runtime.rope import Grid, RopeTables, flux_ids, flux_rope, qwen_rope
 from ditrim.runtime.topi import ToPi
 
-# Products of these sides are bound by operations on every CPU, and take some ten milliseconds.
-_PRODUCT_SIDE = 1024
-_COPY_BYTES = 128 << 20
+_COPY_BYTES = 64 << 20
 _SCHEDULER_STEPS = 1000
-_PACKAGES = ("ditrim", "torch", "diffusers", "onnxruntime", "onnxruntime-gpu", "tensorrt",
-             "tensorrt-rtx")  # fmt: skip
-_GPU_QUERY = "clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw,driver_version"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,16 +71,17 @@ def grid_of(num_tokens: int) -> tuple[int, int]:
 class EventClock(Clock):
     """A `Clock` whose laps are events on the device's stream; read by `finish`."""
 
-    __slots__ = ("_marks",)
+    __slots__ = ("_device", "_marks")
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__(None)
+        self._device = device
         self._marks: list[tuple[str, Any]] = []
         self._mark("")
 
     def _mark(self, part: str) -> None:
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self._device))
         self._marks.append((part, event))
 
     def lap(self, part: str) -> None:
@@ -97,7 +91,7 @@ class EventClock(Clock):
     def finish(self) -> None:
         """Wait for the last event and read all of them."""
         self._marks[-1][1].synchronize()
-        for (_, before), (part, after) in zip(self._marks, self._marks[1:], strict=False):
+        for (_, before), (part, after) in itertools.pairwise(self._marks):
             self.parts[part] = self.parts.get(part, 0.0) + before.elapsed_time(after)
 
 
@@ -132,7 +126,7 @@ class Meter:
         self.cost = model_cost_of(self.manifest)
         self._series: dict[tuple[Any, ...], _Series] = {}
         self._sites = [_Site(self, geometry, rungs, tau) for geometry in geometries]
-        self._products = () if self.is_cuda else tuple(_products(self.manifest.backend))
+        self._products = () if self.is_cuda else tuple(plain_products(self.manifest.backend))
         self._copies: list[float] = []
         self._buffers = (
             () if self.is_cuda else tuple(torch.zeros(_COPY_BYTES // 4) for _ in range(2))
@@ -140,7 +134,7 @@ class Meter:
 
     def clock(self) -> Clock:
         """Of this device."""
-        return EventClock() if self.is_cuda else Clock(None)
+        return EventClock(self.engines.device) if self.is_cuda else Clock(None)
 
     def add(
         self, part: str, size: CallSize, num_kept: int, milliseconds: float, cost: Cost
@@ -156,7 +150,7 @@ class Meter:
                 "num_reference": size.num_reference,
                 "num_kept": num_kept,
             }
-            self._series[key] = _Series(row, cost, memory_bytes=_memory(self.engines.device))
+            self._series[key] = _Series(row, cost, memory_bytes=held_bytes(self.engines.device))
         # A clock's tick is the least that it can tell.
         self._series[key].samples.append(max(milliseconds, 1e-6))
 
@@ -188,7 +182,7 @@ class Meter:
         for name, run in self._products:
             start = time.perf_counter()
             run()
-            self.add(PRODUCT, _PRODUCT_SIZE[name], 0, _since(start), _PRODUCT_COST)
+            self.add(PRODUCT, _PRODUCT_SIZE[name], 0, _since(start), PRODUCT_COST)
         if self._products:
             start = time.perf_counter()
             self._buffers[0].copy_(self._buffers[1])
@@ -211,10 +205,10 @@ class Meter:
         }
         best = min(medians, key=lambda name: medians[name])
         return Peak(
-            tflops=_PRODUCT_COST.flops / medians[best] / 1e9,
+            tflops=PRODUCT_COST.flops / medians[best] / 1e9,
             gb_s=2 * _COPY_BYTES / _median(self._copies) / 1e6,
-            source=f"measured beside the rest: float32 products of {_PRODUCT_SIDE} x "
-            f"{_PRODUCT_SIDE} by {best}, the fastest of {', '.join(medians)}; a copy of "
+            source=f"measured beside the rest: float32 products of {PRODUCT_SIDE} x "
+            f"{PRODUCT_SIDE} by {best}, the fastest of {', '.join(medians)}; a copy of "
             f"{_COPY_BYTES >> 20} MiB, read and written. Not a bound: a library can be faster on "
             "other shapes",
         )
@@ -303,7 +297,8 @@ class _Site:
     def _gather(self, front: FrontResult, kept: int) -> None:
         """Hidden states alone; the rows of the position tables are gathered once an anchor."""
         reduction = self.reductions[kept]
-        assert reduction is not None and reduction.kept is not None
+        assert reduction is not None
+        assert reduction.kept is not None
         clock = self.meter.clock()
         gather_rows(front.hidden["reference"], reduction.kept)
         clock.lap("gather")
@@ -461,123 +456,10 @@ def profile_of(meter: Meter, settings: dict[str, Any], machine: dict[str, Any]) 
     )
 
 
-def describe_machine(engines: Engines, threads: int) -> dict[str, Any]:
-    """Name, cores, clocks, load and versions; what cannot be read is none."""
-    is_cuda = engines.device.type == "cuda"
-    name = torch.cuda.get_device_name(engines.device) if is_cuda else _processor_name()
-    return {
-        "name": name,
-        "device": engines.device.type,
-        "choice": engines.choice,
-        "cores": os.cpu_count() or 1,
-        "threads": threads or os.cpu_count() or 1,
-        "timer": "CUDA events" if is_cuda else "monotonic clock",
-        "memory": "allocated by torch on the device, peak" if is_cuda else "resident in memory",
-        "clocks": {"before": clocks(is_cuda)},
-        "load": {"before": load_average()},
-        "versions": _versions(),
-    }
-
-
-def clocks(is_cuda: bool) -> dict[str, Any]:
-    """Clock rates as the system tells them now."""
-    if is_cuda:
-        try:
-            done = subprocess.run(
-                ["nvidia-smi", f"--query-gpu={_GPU_QUERY}", "--format=csv,noheader"],
-                capture_output=True,
-                text=True,
-                timeout=20,
-                check=True,
-            )
-        except (OSError, subprocess.SubprocessError) as error:
-            return {"nvidia-smi": f"not available: {type(error).__name__}"}
-        first = done.stdout.splitlines()[0].split(",")
-        return dict(zip(_GPU_QUERY.split(","), (item.strip() for item in first), strict=True))
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return {"mhz": None}  # only Linux has it
-    rates = [float(line.split(":")[1]) for line in lines if line.startswith("cpu MHz")]
-    return {"mhz": [round(rate) for rate in rates]}
-
-
-def load_average() -> float | None:
-    """Runnable processes over the last minute."""
-    try:
-        return round(os.getloadavg()[0], 2)
-    except (AttributeError, OSError):
-        return None
-
-
-def _processor_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass  # only Linux has it
-    return platform.processor() or platform.machine()
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _memory(device: torch.device) -> int | None:
-    """Bytes that this process holds: resident, or on the GPU the most that torch allocated."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, ValueError):
-        return None
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
 _PRODUCT_SIZE = {  # products have no lengths; the batch tells whose they are
     "torch": CallSize(num_noisy=0, num_reference=0, num_text=0, batch=0),
     "onnxruntime": CallSize(num_noisy=0, num_reference=0, num_text=0, batch=1),
 }
-_PRODUCT_COST = Cost(flops=2 * _PRODUCT_SIDE**3, activation_bytes=12 * _PRODUCT_SIDE**2)
-
-
-def _products(backend: str) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Plain float32 products by torch, and by ONNX Runtime where it runs the engine set."""
-    shape = (_PRODUCT_SIDE, _PRODUCT_SIDE)
-    left, right = torch.randn(shape), torch.randn(shape)
-    yield "torch", lambda: torch.mm(left, right)
-    if backend == "onnxruntime":
-        import onnx
-        import onnxruntime as ort
-        from onnx import numpy_helper
-
-        def value(name: str) -> onnx.ValueInfoProto:
-            return onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
-
-        graph = onnx.helper.make_graph(
-            [onnx.helper.make_node("MatMul", ["left", "right"], ["out"])],
-            "product",
-            [value("left")],
-            [value("out")],
-            [numpy_helper.from_array(right.numpy(), "right")],
-        )
-        model = onnx.helper.make_model(
-            graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10
-        )
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        session = ort.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-        feed = {"left": left.numpy()}
-        yield "onnxruntime", lambda: session.run(None, feed)
 
 
 def _some_tokens(

@@ -1,8 +1,8 @@
 """A profile of one device as an estimate for another, and two profiles against each other.
 
-A projection carries the achieved share of the roofline over: BACK that takes twice its bound here is
-taken to take twice its bound there. That is an assumption, and it is as good as the two libraries
-are alike; where a profile of the other device is at hand, it is checked.
+A projection carries the achieved share of the roofline over: BACK that takes twice its bound here
+is taken to take twice its bound there. That is an assumption, as good as the two libraries are
+alike; where a profile of the other device is at hand, it is checked.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class ProjectedRow:
     Attributes:
         row: as measured here, with samples, operations and bytes of the other device.
         low_ms, high_ms: with the largest and the smallest share of the roofline that any row of
-            FRONT, BACK or anchors reached here.
+            FRONT, BACK or anchors reached here, at the ends of its interval.
         share: of the roofline that this row reached here and is taken to reach there.
         measured_ms: there; none where it was not measured.
         error: projected / measured - 1.
@@ -159,12 +159,14 @@ def project(profile: Profile, target: Target) -> Projection:
             f"--project {target.name} was measured with another model "
             f"({other.engine['model']}); give a profile of the same one"
         )
-    shares = {}
+    shares, ends = {}, []
     for row in profile.rows:
         roofline = profile.peak.roofline_ms(row.cost)
         if row.part in GRAPH_PARTS and roofline:
-            shares[row.key] = roofline / row.statistics.median
-    least, most = min(shares.values()), max(shares.values())
+            statistics = row.statistics
+            shares[row.key] = roofline / statistics.median
+            ends += [roofline / statistics.high, roofline / statistics.low]
+    least, most = min(ends), max(ends)
     projected, rows = [], []
     for row in profile.rows:
         if row.part == PRODUCT or row.part == "step":
@@ -179,7 +181,8 @@ def project(profile: Profile, target: Target) -> Projection:
             continue
         before = profile.peak.roofline_ms(row.cost)
         after = target.peak.roofline_ms(cost)
-        assert before and after
+        assert before
+        assert after
         there = _scaled(row, after / before, cost)
         rows.append(there)
         found = None if other is None else _same(other, row)
@@ -200,6 +203,7 @@ def project(profile: Profile, target: Target) -> Projection:
         profile=replace(
             profile,
             engine={**profile.engine, "precision": target.precision},
+            machine={**profile.machine, "name": target.name},
             peak=target.peak,
             rows=tuple(rows),
         ),
@@ -210,7 +214,8 @@ def project(profile: Profile, target: Target) -> Projection:
 def _assumptions(profile: Profile, target: Target, least: float, most: float) -> tuple[str, ...]:
     found = [
         "FRONT, BACK and anchors reach the same share of the roofline there as here "
-        f"({100 * least:.0f} to {100 * most:.0f} % over the measured rows; the interval spans them)",
+        f"({100 * least:.0f} to {100 * most:.0f} % over the measured rows, noise included; the "
+        "range spans them)",
         "the kept gather follows the bandwidth; selection, scheduler and the runtime's own work "
         "take as long as here",
     ]
@@ -354,9 +359,7 @@ def _drift(profile: Profile, other: Profile) -> float | None:
 
 def _unlike(profile: Profile, other: Profile) -> Sequence[str]:
     found = []
-    pairs = [
-        (key, profile.machine.get(key), other.machine.get(key)) for key in ("name", "threads")
-    ]
+    pairs = [(key, profile.machine.get(key), other.machine.get(key)) for key in ("name", "threads")]
     keys = ("identity", "precision", "backend", "backend_version")
     pairs += [(key, profile.engine[key], other.engine[key]) for key in keys]
     for key, here, there in pairs:

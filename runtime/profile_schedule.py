@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -12,7 +13,8 @@ from typing import Any
 
 from ditrim.engines.flops import CallSize
 from ditrim.plugins.errors import UsageError
-from ditrim.runtime.profile import Profile
+from ditrim.runtime.profile import Profile, quantile
+from ditrim.runtime.report import ROLES
 from ditrim.runtime.schedule import Schedule
 
 _MOST_STEPS, _MOST_BRANCHES = 10_000, 4
@@ -154,14 +156,19 @@ def load_report(path: str | os.PathLike[str]) -> RecordedRun:
             role, of, kept = step["role"], int(step["num_reference"]), int(step["num_kept"])
             if not 0 < kept <= of:
                 raise UsageError(f"--report {path}: a step kept {kept} of {of} tokens")
+            if role not in ROLES:
+                raise UsageError(f"--report {path}: a step has the role {role!r}")
             calls.append((role, of, kept))
         first = steps[0]
+        total_ms = float(content["run"]["total_ms"])
+        if not 0.0 < total_ms < math.inf:
+            raise UsageError(f"--report {path}: its calls took {total_ms} ms")
         names = ("batch", "num_noisy", "num_text", "num_reference")
         batch, noisy, text, reference = (int(first[name]) for name in names)
         return RecordedRun(
             calls=tuple(calls),
             geometry=(batch, noisy, text, reference),
-            total_ms=float(content["run"]["total_ms"]),
+            total_ms=total_ms,
             identity=str(content["engine"]["identity"]),
         )
     except OSError as error:
@@ -194,11 +201,11 @@ class StepTimes:
         backs = profile.backs(geometry)
         self._backs = [(self._flops(r.num_kept), getattr(r.statistics, which)) for r in backs]
         gathers = [
-            row for row in profile.rows if row.part == "gather" and row.geometry == geometry
+            getattr(row.statistics, which) / row.num_kept
+            for row in profile.rows
+            if row.part == "gather" and row.geometry == geometry
         ]
-        self._gather_ms_a_token = max(
-            (getattr(row.statistics, which) / row.num_kept for row in gathers), default=0.0
-        )
+        self._gather_ms_a_token = quantile(sorted(gathers), 0.5) if gathers else 0.0
         self.front = self._of("front")
         self.selection = self._of("selection") + self._of("rope")
         self.scheduler = self._of("scheduler")
@@ -229,7 +236,7 @@ class StepTimes:
         flops, points = self._flops(kept), self._backs
         if flops <= points[0][0] or len(points) == 1:
             return points[0][1] * flops / points[0][0]
-        for (before, at_before), (after, at_after) in zip(points, points[1:], strict=False):
+        for (before, at_before), (after, at_after) in itertools.pairwise(points):
             if flops <= after:
                 return at_before + (flops - before) / (after - before) * (at_after - at_before)
         return points[-1][1] * flops / points[-1][0]

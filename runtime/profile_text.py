@@ -7,12 +7,17 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ditrim.runtime.profile import PRODUCT, Profile, Row, describe_row
+from ditrim.runtime.profile import PRODUCT, Profile, Row, describe_row, ratios_of
 from ditrim.runtime.profile_projection import Comparison, Projection
 from ditrim.runtime.profile_schedule import ReplayedRun, ScheduleEstimate
 
-_WIDTH = 132
+_WIDTH = 250  # tables take what they need
 _NOISY = "noisy"
+_RATIOS = {
+    "scored": "what scoring adds to BACK: {}",
+    "outside": "share of a call spent outside the graphs: {}",
+}
+_TOO_NOISY = "too noisy to say"
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -25,7 +30,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def share(value: float | None) -> str:
     """A share in percent; empty where there is none."""
-    return "" if value is None else f"{100 * value:.{1 if value < 0.0995 else 0}f} %"
+    return "" if value is None else f"{100 * value:.{1 if abs(value) < 0.0995 else 0}f} %"
 
 
 def table_rows(profile: Profile) -> list[list[str]]:
@@ -81,12 +86,22 @@ def profile_table(profile: Profile) -> str:
         f"{profile.engine['model']}, {profile.engine['precision']}, {profile.engine['backend']} "
         f"{profile.engine['backend_version']} on {machine['name']}, {machine.get('threads')} "
         f"threads; {machine.get('timer', '')}",
-        f"peak {number(peak.tflops) or '?'} TFLOP/s, {number(peak.gb_s) or '?'} GB/s: {peak.source}",
+        f"peak {number(peak.tflops) or '?'} TFLOP/s, {number(peak.gb_s) or '?'} GB/s: "
+        f"{peak.source}",
         _rendered(COLUMNS, table_rows(profile)),
         "ms: median of "
         f"{profile.settings['repeats']} interleaved rounds, +-: its "
         f"{_coverage(profile)} interval; roofline: share of the bound that the cost model sets",
     ]
+    for geometry in profile.geometries:
+        for name, item in ratios_of(profile, geometry).items():
+            one = float(name == "scored")  # told as what comes on top
+            figures = (
+                f"{share(item.median - one)} [{share(item.low - one)}, {share(item.high - one)}]"
+            )
+            is_noisy = item.noise > profile.max_noise
+            said = _RATIOS[name].format(_TOO_NOISY if is_noisy else figures)
+            lines.append(f"{geometry_text(geometry)}: {said}")
     noisy = sum(row.statistics.noise > profile.max_noise for row in profile.rows)
     if noisy:
         lines.append(
@@ -137,8 +152,8 @@ def schedule_lines(estimates: Sequence[ScheduleEstimate], profile: Profile) -> s
                 else f"faster than the full context while under {share(even)} are kept"
             )
         lines += [
-            f"{schedule.steps} steps, interval {schedule.interval}, {share(schedule.kept)} kept, on "
-            f"{profile.machine['name'] if profile.rows else ''}: {geometry_text(estimate.geometry)}",
+            f"{schedule.steps} steps, interval {schedule.interval}, {share(schedule.kept)} kept, "
+            f"on {profile.machine['name']}: {geometry_text(estimate.geometry)}",
             f"  {roles}: {number(estimate.run_ms[1] / 1e3)} s "
             f"[{number(estimate.run_ms[0] / 1e3)}, {number(estimate.run_ms[2] / 1e3)}], full "
             f"context {number(estimate.full_ms[1] / 1e3)} s",

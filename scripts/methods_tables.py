@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,16 @@ def read(folder: Path, lengths: Sequence[int] | None = None) -> dict[str, Any]:
         rows = [row for row in rows if row["reference_tokens"] in lengths]
     labels = list(dict.fromkeys(row["policy"] for row in rows))
     found = summarise_rows(rows, labels, FULL)
-    return {**found, "labels": labels, "settings": settings["fixed"]}
+    choices = Counter(
+        row["policy_notes"]["chosen"] for row in rows if "chosen" in row.get("policy_notes", {})
+    )
+    return {
+        **found,
+        "labels": labels,
+        "settings": settings["fixed"],
+        "policies": {entry["label"]: entry["text"] for entry in settings["policies"]},
+        "auto_choices": dict(choices),
+    }
 
 
 def row_of(found: dict[str, Any], label: str) -> list[str]:

@@ -1,0 +1,98 @@
+"""The machine that something is measured on: its name, clocks, load, memory and versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ditrim.engines.backend import Engines
+
+_PACKAGES = ("ditrim", "torch", "diffusers", "onnxruntime", "onnxruntime-gpu", "tensorrt",
+             "tensorrt-rtx")  # fmt: skip
+_GPU_QUERY = "clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw,driver_version"
+
+
+def describe_machine(engines: Engines, threads: int) -> dict[str, Any]:
+    """Name, cores, clocks, load and versions; what cannot be read is none."""
+    is_cuda = engines.device.type == "cuda"
+    name = torch.cuda.get_device_name(engines.device) if is_cuda else _processor_name()
+    return {
+        "name": name,
+        "device": engines.device.type,
+        "choice": engines.choice,
+        "cores": os.cpu_count() or 1,
+        "threads": threads or os.cpu_count() or 1,
+        "timer": "CUDA events" if is_cuda else "monotonic clock",
+        "memory": "allocated by torch on the device, peak" if is_cuda else "resident in memory",
+        "clocks": {"before": clocks(is_cuda)},
+        "load": {"before": load_average()},
+        "versions": _versions(),
+    }
+
+
+def clocks(is_cuda: bool) -> dict[str, Any]:
+    """Clock rates as the system tells them now."""
+    if is_cuda:
+        try:
+            done = subprocess.run(
+                ["nvidia-smi", f"--query-gpu={_GPU_QUERY}", "--format=csv,noheader"],
+                capture_output=True,
+                text=True,
+                timeout=20,
+                check=True,
+            )
+        except (OSError, subprocess.SubprocessError) as error:
+            return {"nvidia-smi": f"not available: {type(error).__name__}"}
+        first = done.stdout.splitlines()[0].split(",")
+        return dict(zip(_GPU_QUERY.split(","), (item.strip() for item in first), strict=True))
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return {"mhz": None}  # only Linux has it
+    rates = [float(line.split(":")[1]) for line in lines if line.startswith("cpu MHz")]
+    return {"mhz": [round(rate) for rate in rates]}
+
+
+def load_average() -> float | None:
+    """Runnable processes over the last minute."""
+    try:
+        return round(os.getloadavg()[0], 2)
+    except (AttributeError, OSError):
+        return None
+
+
+def _processor_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass  # only Linux has it
+    return platform.processor() or platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def held_bytes(device: torch.device) -> int | None:
+    """Bytes that this process holds: resident, or on the GPU the most that torch allocated."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError):
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,743 @@
+"""`profile-latency`: statistics and estimates by hand, and real runs on the small engine set."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ditrim.engines.cost import Peak
+from ditrim.engines.devices import DEVICES
+from ditrim.engines.flops import CallSize
+from ditrim.plugins.errors import UsageError
+from ditrim.runtime.profile import (
+    PARTS,
+    PRODUCT,
+    Profile,
+    Row,
+    describe_row,
+    load_profile,
+    median_interval,
+    noise_complaint,
+    paired_ratio,
+    quantile,
+    statistics_of,
+)
+from ditrim.runtime.profile_cli import main
+from ditrim.runtime.profile_measure import grid_of
+from ditrim.runtime.profile_page import step_parts
+from ditrim.runtime.profile_projection import compare, project, target_from
+from ditrim.runtime.profile_schedule import (
+    RecordedRun,
+    RunSchedule,
+    StepTimes,
+    estimate_schedule,
+    load_report,
+    parse_schedule,
+    replay,
+)
+
+GEOMETRY = (1, 64, 16, 64)  # batch, noisy, text, reference
+Command = Callable[..., tuple[int, dict[str, Any], str]]
+CONFIG: dict[str, Any] = {
+    "patch_size": 2,
+    "in_channels": 16,
+    "out_channels": 4,
+    "num_layers": 4,
+    "attention_head_dim": 16,
+    "num_attention_heads": 3,
+    "joint_attention_dim": 24,
+}
+# Milliseconds of each part of a made-up profile; BACK by kept tokens.
+FRONT, ANCHOR, SELECTION, ROPE, SCHEDULER, OVERHEAD = 10.0, 62.0, 1.0, 0.5, 0.25, 0.75
+BACKS = {16: 30.0, 32: 40.0, 64: 60.0}
+GATHER_A_TOKEN = 0.01
+
+
+def row(part: str, kept: int, *samples: float) -> Row:
+    batch, noisy, text, reference = GEOMETRY
+    return Row(
+        part=part,
+        batch=batch,
+        num_noisy=noisy,
+        num_text=text,
+        num_reference=reference,
+        num_kept=kept,
+        samples_ms=samples,
+    )
+
+
+def made_up(spread: float = 0.0, scale: float = 1.0) -> Profile:
+    """A profile whose medians are the constants above; samples lie around them."""
+
+    def around(median: float) -> tuple[float, ...]:
+        return tuple(scale * median * (1 + spread * step / 5) for step in range(-5, 6))
+
+    entries = [("front", 64, FRONT), ("anchor", 64, ANCHOR)]
+    entries += [("back", kept, ms) for kept, ms in BACKS.items()]
+    entries += [("gather", kept, GATHER_A_TOKEN * kept) for kept in (16, 32)]
+    entries += [("selection", 64, SELECTION), ("rope", 32, ROPE)]
+    entries += [("scheduler", 64, SCHEDULER), ("overhead", 64, OVERHEAD)]
+    profile = Profile(
+        engine={
+            "model": "qwen-edit",
+            "architecture": "qwen",
+            "config": CONFIG,
+            "front_depth": 1,
+            "num_layers": 4,
+            "num_scored": 2,
+            "precision": "fp32",
+            "backend": "onnxruntime",
+            "backend_version": "1",
+            "identity": "made up",
+            "rungs": list(BACKS),
+            "granularity": 1,
+            "limits": {"batch": 4, "noisy": 64, "text": 16},
+        },
+        machine={
+            "name": "a machine",
+            "device": "cpu",
+            "cores": 2,
+            "threads": 2,
+            "versions": {},
+            "load": {"before": 3.5},
+        },
+        peak=Peak(tflops=0.1, gb_s=10.0, source="made up"),
+        settings={"repeats": 11, "warmup": 1, "tau": 0.85, "max_noise": 0.1},
+        created="2026-01-01T00:00:00Z",
+        rows=tuple(row(part, kept, *around(ms)) for part, kept, ms in entries),
+    )
+    model = profile.model_cost
+    size = CallSize(num_noisy=64, num_reference=64, num_text=16)
+
+    def priced(item: Row) -> Row:
+        at = replace(size, num_reference=item.num_kept)
+        costs = {
+            "front": model.front(size),
+            "back": model.back(at, num_rows=1),
+            "anchor": model.back(size, num_rows=64),
+            "gather": model.gather(at),
+        }
+        if item.part not in costs:
+            return item
+        cost = costs[item.part]
+        return replace(item, flops=cost.flops, num_bytes=cost.num_bytes)
+
+    return replace(profile, rows=tuple(map(priced, profile.rows)))
+
+
+# Statistics
+
+
+@given(st.lists(st.floats(0.001, 1e6), min_size=1, max_size=40), st.floats(0, 1))
+def test_quantiles_are_numpys(samples: list[float], share: float) -> None:
+    assert quantile(sorted(samples), share) == pytest.approx(np.quantile(samples, share))
+
+
+@pytest.mark.parametrize(
+    ("count", "place", "coverage"),
+    [(3, 1, 0.75), (5, 1, 0.9375), (6, 1, 0.96875), (10, 2, 0.97852), (20, 6, 0.95861)],
+)
+def test_interval_of_the_median_is_of_order_statistics(
+    count: int, place: int, coverage: float
+) -> None:
+    """Textbook places of the sign test's interval."""
+    ordered = [float(value) for value in range(1, count + 1)]
+    low, high, found = median_interval(ordered)
+    assert (low, high) == (place, count + 1 - place)
+    assert found == pytest.approx(coverage, abs=5e-5)
+
+
+def test_interval_covers_a_known_median_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    draws = np.sort(rng.lognormal(0.0, 1.0, (4000, 11)), axis=1)  # median 1
+    low, high, coverage = zip(*(median_interval(list(line)) for line in draws), strict=True)
+    held = np.mean((np.array(low) <= 1) & (np.array(high) >= 1))
+    assert held == pytest.approx(coverage[0], abs=0.015)
+
+
+def test_statistics_against_plain_statements() -> None:
+    found = statistics_of([5.0, 1.0, 3.0, 2.0, 4.0])
+    assert (found.median, found.least, found.most, found.count) == (3.0, 1.0, 5.0, 5)
+    assert found.p90 == pytest.approx(4.6)
+    assert found.p99 == pytest.approx(4.96)
+    assert found.spread == pytest.approx((4.6 - 1.4) / 3)
+    assert found.noise == pytest.approx((5 - 1) / 2 / 3)
+
+
+def test_paired_ratios_cancel_what_slows_a_round() -> None:
+    """Every second round is ten times slower; the ratio is the same in each."""
+    slow = [1.0, 10.0] * 6
+    back, anchor = row("back", 64, *slow), row("anchor", 64, *(1.05 * ms for ms in slow))
+    ratio = paired_ratio(anchor, back)
+    assert ratio.median == pytest.approx(1.05)
+    assert ratio.noise == pytest.approx(0, abs=1e-9)
+    assert back.statistics.noise > 0.5
+
+
+def test_achieved_rates_are_cost_over_time() -> None:
+    profile = made_up()
+    back = profile.backs(GEOMETRY)[-1]
+    entry = describe_row(profile, back)
+    assert entry["tflops"] == pytest.approx(back.flops / 60.0 / 1e9, rel=1e-5)
+    assert entry["tflops_share"] == pytest.approx(entry["tflops"] / 0.1, rel=1e-5)
+    assert entry["gb_s"] == pytest.approx(back.num_bytes / 60.0 / 1e6, rel=1e-5)
+    bounds = back.flops / 0.1 / 1e9, back.num_bytes / 10.0 / 1e6
+    assert entry["roofline_ms"] == pytest.approx(max(bounds), rel=1e-5)
+
+
+# Schedules
+
+
+def test_schedule_estimate_by_hand() -> None:
+    estimate = estimate_schedule(
+        made_up(), GEOMETRY, RunSchedule(steps=12, interval=5, warmup=2, kept=0.5, branches=2)
+    )
+    # Steps 0 and 1 are full, 2 and 7 anchors, the other 8 reduced; two branches each.
+    assert estimate.roles == {"full": 4, "anchor": 4, "reduced": 16}
+    full = FRONT + BACKS[64] + OVERHEAD
+    anchor = FRONT + ANCHOR + SELECTION + ROPE + OVERHEAD
+    reduced = FRONT + 32 * GATHER_A_TOKEN + BACKS[32] + OVERHEAD
+    run = 4 * full + 4 * anchor + 16 * reduced + 12 * SCHEDULER
+    whole = 24 * full + 12 * SCHEDULER
+    assert estimate.run_ms[1] == pytest.approx(run)
+    assert estimate.full_ms[1] == pytest.approx(whole)
+    assert estimate.speedup[1] == pytest.approx(whole / run)
+    scoring = 4 * (ANCHOR - BACKS[64] + SELECTION + ROPE)
+    assert estimate.anchor_share == pytest.approx(scoring / run)
+
+
+def test_operations_alone_give_the_speedup_that_the_cost_model_does() -> None:
+    profile = made_up()
+    estimate = estimate_schedule(profile, GEOMETRY, RunSchedule(steps=4, interval=4, kept=0.25))
+    model = profile.model_cost
+    size = CallSize(num_noisy=64, num_reference=64, num_text=16)
+    front, full = model.front(size).flops, model.back(size).flops
+    anchor = model.back(size, num_rows=64).flops
+    reduced = model.back(replace(size, num_reference=16)).flops
+    expected = 4 * (front + full) / (4 * front + anchor + 3 * reduced)
+    assert estimate.flops_speedup == pytest.approx(expected)
+
+
+def test_back_between_rungs_follows_operations() -> None:
+    times = StepTimes(made_up(), GEOMETRY)
+    for kept, ms in BACKS.items():
+        assert times.back(kept) == pytest.approx(ms)
+    between = [times.back(kept) for kept in (16, 20, 24, 32, 48, 64)]
+    assert between == sorted(between)
+    size = CallSize(num_noisy=64, num_reference=8, num_text=16)
+    model = made_up().model_cost
+    below = model.back(size, num_rows=1).flops
+    least = model.back(replace(size, num_reference=16), num_rows=1).flops
+    assert times.back(8) == pytest.approx(BACKS[16] * below / least)
+
+
+def test_break_even_is_where_the_run_costs_what_the_full_context_does() -> None:
+    profile, schedule = made_up(), RunSchedule(steps=10, interval=10, kept=0.5)
+    even = estimate_schedule(profile, GEOMETRY, schedule).break_even_kept
+    assert even is not None
+    times = StepTimes(profile, GEOMETRY)
+    at = times.run(replace(schedule, kept=even))
+    assert at == pytest.approx(times.full_run(schedule), rel=1e-6)
+    assert times.run(replace(schedule, kept=even - 0.05)) < times.full_run(schedule)
+    assert times.run(replace(schedule, kept=even + 0.02)) > times.full_run(schedule)
+
+
+def test_a_run_of_anchors_is_never_faster() -> None:
+    estimate = estimate_schedule(made_up(), GEOMETRY, RunSchedule(steps=10, interval=1, kept=0.1))
+    assert estimate.break_even_kept is None
+    assert estimate.speedup[1] < 1
+
+
+def test_best_interval_is_the_shortest_close_to_a_single_anchor() -> None:
+    estimate = estimate_schedule(made_up(), GEOMETRY, RunSchedule(steps=40, interval=10, kept=0.25))
+    once = estimate.intervals[40]
+    assert once == max(estimate.intervals.values())
+    best = estimate.best_interval
+    assert estimate.intervals[best] >= 0.98 * once
+    assert all(s < 0.98 * once for i, s in estimate.intervals.items() if i < best)
+
+
+def test_estimates_carry_the_noise_of_their_parts() -> None:
+    calm, rough = (
+        estimate_schedule(made_up(spread), GEOMETRY, RunSchedule(steps=8, interval=4, kept=0.5))
+        for spread in (0.0, 0.2)
+    )
+    assert calm.speedup[0] == calm.speedup[1] == calm.speedup[2]
+    low, middle, high = rough.speedup
+    assert middle == pytest.approx(calm.speedup[1])
+    assert low < middle < high
+
+
+def test_schedule_text_is_read() -> None:
+    found = parse_schedule("steps=40 interval=10 tau=0.85 kept=0.6 branches=2 warmup=3")
+    assert found == RunSchedule(steps=40, interval=10, tau=0.85, kept=0.6, branches=2, warmup=3)
+    assert parse_schedule("steps=4", kept=0.25).kept == 0.25
+    assert parse_schedule("steps=4 kept=0.5", kept=0.25).kept == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "say how many steps"),
+        ("interval=10 kept=0.5", "say how many steps, as steps=40"),
+        ("steps=40", "which share of the reference tokens is kept, as kept=0.6, or give --report"),
+        ("steps=forty kept=0.5", "steps must be a whole number, got 'forty'"),
+        ("steps=4.5 kept=0.5", "steps must be a whole number, got '4.5'"),
+        ("steps=40 kept=nan", "kept must be finite, got 'nan'"),
+        ("steps=40 kept=1.5", "kept must lie in [0, 1], got 1.5"),
+        ("steps=0 kept=0.5", "steps must lie in [1, 10000], got 0"),
+        ("steps=40 interval=0 kept=0.5", "interval must be an integer of at least 1"),
+        ("steps=40 steps=50 kept=0.5", "steps is given twice"),
+        ("steps=40 cadence=10", "'cadence=10' is not one of steps=, interval="),
+        ("40 steps", "'40' is not one of steps="),
+    ],
+)
+def test_schedule_that_does_not_parse_names_the_word(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(message)):
+        parse_schedule(text)
+
+
+def test_recorded_calls_are_priced_one_by_one() -> None:
+    calls = (("anchor", 64, 64), ("reduced", 64, 32), ("reuse", 64, 32), ("full", 64, 64))
+    recorded = RecordedRun(calls=calls, geometry=GEOMETRY, total_ms=150.0, identity="made up")
+    found = replay(made_up(), GEOMETRY, recorded)
+    reduced = 32 * GATHER_A_TOKEN + BACKS[32]
+    backs = ANCHOR + SELECTION + ROPE + reduced + BACKS[64]
+    assert found.estimated_ms == pytest.approx(4 * (FRONT + OVERHEAD) + backs)
+    assert found.full_ms == pytest.approx(4 * (FRONT + OVERHEAD + BACKS[64]))
+    assert (found.kept, found.differs) == (0.5, ())
+    other = replay(made_up(), GEOMETRY, replace(recorded, identity="x", geometry=(2, 64, 16, 64)))
+    assert len(other.differs) == 2
+
+
+def test_parts_of_a_step_add_up_to_it() -> None:
+    profile = made_up()
+    times, parts = StepTimes(profile, GEOMETRY), step_parts(profile, GEOMETRY)
+    assert list(parts) == ["full context", "anchor", "reduced, 32", "reduced, 16"]
+    for name, role, kept in (("full context", "full", 64), ("anchor", "anchor", 64)):
+        expected = times.call(role, kept) + times.scheduler
+        assert sum(parts[name].values()) == pytest.approx(expected)
+    expected = times.call("reduced", 32) + times.scheduler
+    assert sum(parts["reduced, 32"].values()) == pytest.approx(expected)
+
+
+# Noise
+
+
+def test_a_noisy_machine_says_so_and_shows_no_digits(tmp_path: Path, run: Command) -> None:
+    assert noise_complaint(made_up(0.1)) is None
+    complaint = noise_complaint(made_up(0.9))
+    assert complaint is not None
+    assert "too noisy to say anything" in complaint
+    assert "the load was 3.5 on 2 cores" in complaint
+    file = tmp_path / "noisy.json"
+    file.write_text(made_up(0.9).to_json())
+    code, content, said = run("--profile", file, "--output", tmp_path / "out")
+    assert code == 1
+    assert "too noisy to say anything" in content["error"]
+    assert "TFLOP/s" not in said
+    assert list((tmp_path / "out").iterdir()) == []
+    assert run("--profile", file, "--max-noise", 2)[0] == 0
+
+
+def test_one_noisy_row_shows_no_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    profile = made_up(0.05)
+    rows = [r for r in profile.rows if r.part != "scheduler"]
+    rows.append(row("scheduler", 64, *(0.001 * 777**step for step in (0.1, 0.2, 0.5, 0.9, 1.0))))
+    file = tmp_path / "profile.json"
+    file.write_text(replace(profile, rows=tuple(rows)).to_json())
+    assert main(["--profile", str(file)]) == 0
+    said = capsys.readouterr().out
+    line = next(line for line in said.splitlines() if line.startswith(" scheduler"))
+    assert "noisy" in line
+    assert re.search(r"1 of \d+ rows are known no better than \+-10 %", said)
+
+
+# Files
+
+
+def test_a_profile_is_read_as_it_was_written(tmp_path: Path) -> None:
+    profile = made_up(0.05)
+    file = tmp_path / "profile.json"
+    file.write_text(profile.to_json())
+    assert load_profile(file) == profile
+
+
+def _edited(change: Callable[[dict[str, Any]], Any]) -> str:
+    content = json.loads(made_up().to_json())
+    change(content)
+    return json.dumps(content)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is truncated or no JSON"),
+        (made_up().to_json()[:-200], "is truncated or no JSON"),
+        ("[]", "is no profile of profile-latency"),
+        ('{"format": "other"}', "is no profile of profile-latency"),
+        (_edited(lambda c: c.update(version=2)), "of version 2, this program reads version 1"),
+        (_edited(lambda c: c.pop("engine")), "is damaged: 'engine' is missing"),
+        (_edited(lambda c: c["rows"].clear()), "it has no rows"),
+        (_edited(lambda c: c["rows"][0].update(part="tail")), "the part 'tail'"),
+        (_edited(lambda c: c["rows"][0].update(batch=-1)), "batch is -1"),
+        (_edited(lambda c: c["rows"][0].update(samples_ms=[0.0])), "no time above 0"),
+        (_edited(lambda c: c["rows"][0].update(samples_ms=["1"])), "no time above 0"),
+        (_edited(lambda c: c["rows"][0].update(extra=1)), "unknown key 'extra'"),
+        (_edited(lambda c: c["rows"].pop(0)), "FRONT or BACK of the size"),
+        (_edited(lambda c: c["engine"].update(config=3)), "engine.config is 3"),
+        (_edited(lambda c: c["peak"].pop("source")), "is damaged"),
+        (_edited(lambda c: c["peak"].update(gb_s="fast")), "peak.gb_s is 'fast'"),
+        (_edited(lambda c: c["machine"].update(load=3)), "machine.load is 3"),
+        (_edited(lambda c: c["settings"].update(max_noise=-1)), "settings.max_noise is -1"),
+    ],
+)  # fmt: skip
+def test_damaged_profile_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "profile.json"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=re.escape(message)):
+        load_profile(file)
+
+
+def test_missing_profile_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--compare .*no\.json cannot be read: No such file"):
+        load_profile(tmp_path / "no.json", "--compare")
+
+
+# Comparisons and projections
+
+
+def test_difference_beyond_noise_is_told_from_one_within() -> None:
+    before = made_up(0.05)
+    assert not any(d.exceeds_noise for d in compare(made_up(0.05, 1.01), before).differences)
+    slower = compare(made_up(0.05, 1.2), before)
+    assert all(d.exceeds_noise for d in slower.differences)
+    assert slower.differences[0].ratio == pytest.approx(1.2)
+    # 11 samples: the interval of the median spans the 2nd to the 10th.
+    assert slower.differences[0].low == pytest.approx(1.2 * 0.96 / 1.04)
+
+
+def test_what_the_machine_itself_explains_is_no_difference() -> None:
+    pulse = Row(
+        part=PRODUCT,
+        batch=0,
+        num_noisy=0,
+        num_text=0,
+        num_reference=0,
+        num_kept=0,
+        samples_ms=(1.0, 1.0, 1.0),
+    )
+    before, after = made_up(0.05), made_up(0.05, 1.2)
+    before = replace(before, rows=(*before.rows, pulse))
+    slow_pulse = replace(pulse, samples_ms=(1.2, 1.2, 1.2))
+    after = replace(after, rows=(*after.rows, slow_pulse))
+    found = compare(after, before)
+    assert found.drift == pytest.approx(1.2)
+    assert not any(d.exceeds_noise for d in found.differences)
+
+
+def test_profiles_without_a_common_size_cannot_be_compared() -> None:
+    other = made_up()
+    moved = replace(other, rows=tuple(replace(r, num_text=9) for r in other.rows))
+    with pytest.raises(UsageError, match="have no size in common"):
+        compare(other, moved)
+
+
+def test_projection_to_the_device_itself_is_what_was_measured(tmp_path: Path) -> None:
+    file = tmp_path / "profile.json"
+    file.write_text(made_up(0.05).to_json())
+    found = project(made_up(0.05), target_from(str(file), "fp32"))
+    assert found.worst_error == pytest.approx(0, abs=1e-12)
+    assert len(found.rows) == 5
+
+
+def test_projection_to_a_device_by_hand() -> None:
+    profile, h20 = made_up(), DEVICES["h20"]
+    found = project(profile, target_from("h20", "fp32"))
+    size = CallSize(num_noisy=64, num_reference=32, num_text=16)
+    here = profile.model_cost.back(size, num_rows=1)
+    there = profile.model_cost.at("bf16").back(size, num_rows=1)
+    bound_here = max(here.flops / 0.1e9, here.num_bytes / 10e6)
+    assert h20.bandwidth_gb_s is not None
+    bound_there = max(there.flops / 148e9, there.num_bytes / (h20.bandwidth_gb_s * 1e6))
+    item = next(r for r in found.rows if (r.row.part, r.row.num_kept) == ("back", 32))
+    assert item.projected_ms == pytest.approx(BACKS[32] * bound_there / bound_here)
+    assert item.low_ms <= item.projected_ms * (1 + 1e-9)
+    assert item.projected_ms <= item.high_ms * (1 + 1e-9)
+    assert not found.is_checked
+    assert found.assumptions[-1] == "not checked: no second device was measured"
+    assert any("a CPU's" in text for text in found.assumptions)
+
+
+def test_projection_errors_name_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--project: unknown device 'h21'.*Did you mean 'h20'"):
+        target_from("h21", "bf16")
+    with pytest.raises(UsageError, match="no bandwidth of NVIDIA H20-3e 141 GB is established"):
+        target_from("h20-141", "bf16")
+    unknown = replace(made_up(), peak=Peak(tflops=None, gb_s=10.0, source=""))
+    with pytest.raises(UsageError, match="nothing to project from"):
+        project(unknown, target_from("h100", "bf16"))
+    other = made_up()
+    file = tmp_path / "other.json"
+    file.write_text(
+        replace(other, engine={**other.engine, "config": {**CONFIG, "num_layers": 6}}).to_json()
+    )
+    with pytest.raises(UsageError, match="measured with another model"):
+        project(made_up(), target_from(str(file), "fp32"))
+
+
+# The command
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run the command: exit code, what `--json` printed, and all other output."""
+
+    def command(*arguments: object) -> tuple[int, dict[str, Any], str]:
+        capsys.readouterr()
+        code = main([*map(str, arguments), "--json"])
+        captured = capsys.readouterr()
+        *said, line = captured.out.strip().splitlines()
+        return code, json.loads(line), "\n".join(said) + captured.err
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def measured(small_engine_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real, short profile; noise does not matter to what is tested with it."""
+    folder = tmp_path_factory.mktemp("profile") / "new" / "out"
+    sizes = "--batch 1 --batch 2 --reference 144 --rung 59 --rung 117 --text 8"
+    asked = ["--schedule", "steps=8 interval=4 kept=0.5", "--project", "h20"]
+    how = f"--repeats 3 --warmup 1 --max-noise 10 --engine {small_engine_set} --output {folder}"
+    assert main([*sizes.split(), *asked, *how.split()]) == 0
+    return folder
+
+
+def test_every_part_is_measured_at_every_size(measured: Path, small_engine_set: Path) -> None:
+    profile = load_profile(measured / "profile.json")
+    assert profile.geometries == [(1, 144, 8, 144), (2, 144, 8, 144)]
+    for geometry in profile.geometries:
+        rows = [r for r in profile.rows if r.geometry == geometry]
+        assert {r.part for r in rows} == set(PARTS)
+        assert [r.num_kept for r in profile.backs(geometry)] == [59, 117, 144]
+        assert all(len(r.samples_ms) == 3 for r in rows)
+    pulse = [r for r in profile.rows if r.part == PRODUCT]
+    assert len(pulse) == 2  # torch and ONNX Runtime
+    assert profile.peak.tflops is not None
+    assert profile.peak.gb_s is not None
+    assert profile.machine["threads"] >= 1
+    assert {"before", "after"} <= set(profile.machine["clocks"])
+    one, two = profile.geometries
+    both = [profile.find("back", geometry, 59) for geometry in (one, two)]
+    assert both[0] is not None
+    assert both[1] is not None
+    assert both[1].flops == 2 * both[0].flops
+    manifest = json.loads((small_engine_set / "manifest.json").read_text())
+    assert profile.engine["identity"] == manifest["identity"]
+
+
+def test_a_step_takes_about_what_its_parts_do(measured: Path) -> None:
+    """The same work by two routes; loose, as the machine may be busy."""
+    profile = load_profile(measured / "profile.json")
+    for geometry in profile.geometries:
+        times, step = StepTimes(profile, geometry, "median"), profile.find("step", geometry)
+        assert step is not None
+        assert 0.2 < times.call("full", 144) / step.statistics.median < 5
+
+
+def test_results_are_a_csv_and_a_page_that_fetches_nothing(measured: Path) -> None:
+    with (measured / "profile.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    profile = load_profile(measured / "profile.json")
+    assert len(lines) == len(profile.rows)
+    line = next(entry for entry in lines if entry["part"] == "back" and entry["kept"] == "59")
+    back = profile.find("back", profile.geometries[0], 59)
+    assert back is not None
+    assert float(line["median_ms"]) == pytest.approx(back.statistics.median, rel=1e-5)
+    page = (measured / "profile.html").read_text()
+    assert page.count("<svg") == 6  # three plots a size
+    assert "not checked: no second device was measured" in page
+    outside = set(re.findall(r"(?:src|href)=[\"']([^\"'#][^\"']*)", page))
+    assert not outside
+    assert "@import" not in page
+    assert "{{" not in page
+
+
+def test_a_recorded_profile_answers_without_measuring(measured: Path, run: Command) -> None:
+    code, content, _ = run(
+        "--profile", measured / "profile.json", "--schedule", "steps=40 kept=0.5",
+        "--compare", measured / "profile.json", "--project", measured / "profile.json",
+    )  # fmt: skip
+    assert code == 0
+    assert [entry["geometry"][0] for entry in content["schedule"]] == [1, 2]
+    assert all(math.isfinite(entry["speedup"][1]) for entry in content["schedule"])
+    assert content["comparison"]["drift"] == pytest.approx(1)
+    assert not any(entry["exceeds_noise"] for entry in content["comparison"]["rows"])
+    assert content["projection"]["is_checked"] is True
+    assert content["projection"]["worst_error"] == pytest.approx(0, abs=1e-9)
+
+
+def test_a_report_of_edit_image_gives_the_kept_share(
+    measured: Path, small_engine_set: Path, tmp_path: Path, run: Command
+) -> None:
+    from ditrim.runtime.cli import main as edit_image
+    from ditrim.runtime.small_editor import samples_folder
+
+    picture = sorted(samples_folder().glob("*.png"))[0]
+    report = tmp_path / "report.json"
+    arguments = ["--engine", small_engine_set, "--image", picture, "--prompt", "make it grey"]
+    arguments += ["--output", tmp_path / "out.png", "--steps", 4, "--interval", 2]
+    assert edit_image([*map(str, [*arguments, "--report", report, "--max-kept", 60])]) == 0
+    recorded = load_report(report)
+    assert [role for role, _, _ in recorded.calls] == ["anchor", "reduced", "anchor", "reduced"]
+    code, content, _ = run(
+        "--profile", measured / "profile.json", "--report", report, "--schedule", "steps=4"
+    )
+    assert code == 0
+    assert content["schedule"][0]["schedule"]["kept"] == pytest.approx(recorded.kept)
+    assert content["report"][0]["recorded_ms"] == pytest.approx(recorded.total_ms)
+    report.write_text("{}")
+    code, content, _ = run("--profile", measured / "profile.json", "--report", report)
+    assert code == 2
+    assert "is no report of edit-image" in content["error"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--rung 100", "--rung 100 is not a rung of .* build a set that has it with: build-engine"),
+        ("--batch 5", "a batch of 5 is more than .* build it for more with: .*--max-batch 5"),
+        ("--noisy 400", "noisy tokens: 400 .*--max-noisy-tokens 400"),
+        ("--text 65", "text tokens: 65 .*--max-text-tokens 65"),
+        ("--reference 500", "reference tokens: 500 .*--max-reference-tokens 500"),
+        ("--resolution 1024", "'1024' is no WxH"),
+        ("--resolution 47x48", "multiples of 4 pixels"),
+        ("--resolution 48x48 --noisy 144", "--noisy and --resolution both say"),
+        ("--rung 468 --reference 144", "longer than the references that are measured"),
+        ("--repeats 2", r"--repeats must lie in \[3, 10000\], got 2"),
+        ("--tau 1.5", r"--tau must lie in \[0.0, 1.0\]"),
+        ("--batch 0", "--batch must be at least 1"),
+        ("--max-noise 0", "--max-noise must lie in"),
+        ("--schedule steps=x", "steps must be a whole number"),
+        ("--project h21", "unknown device 'h21'"),
+        ("--precision bf16", "--precision goes with --project"),
+        ("--profile x.json", "give either --engine FOLDER to measure, or --profile FILE"),
+        ("--output /dev/null/x", "cannot be made"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_measured(
+    small_engine_set: Path, run: Command, arguments: str, message: str
+) -> None:
+    code, content, _ = run("--engine", small_engine_set, *arguments.split())
+    assert code == 2
+    assert re.search(message, content["error"])
+
+
+def test_a_resolution_is_counted_in_the_models_tokens(small_engine_set: Path, run: Command) -> None:
+    code, content, _ = run(
+        "--engine", small_engine_set, "--resolution", "48x24", "--rung", "59", "--text", "4",
+        "--repeats", "3", "--warmup", "1", "--max-noise", "10",
+    )  # fmt: skip
+    assert code == 0
+    back = [entry for entry in content["rows"] if entry["part"] == "back"]
+    # 12 x 6 tokens of 4 x 4 pixels, and a reference as large.
+    assert [(e["noisy"], e["reference"], e["kept"]) for e in back] == [(72, 72, 59), (72, 72, 72)]
+
+
+def test_flux_is_measured_too(tiny_engine_sets: Callable[[str], Path], run: Command) -> None:
+    folder = tiny_engine_sets("flux-kontext")
+    code, content, _ = run(
+        "--engine", folder, "--noisy", "16", "--reference", "20", "--text", "4", "--batch", "2",
+        "--repeats", "3", "--warmup", "1", "--max-noise", "10", "--schedule", "steps=4 kept=0.5",
+    )  # fmt: skip
+    assert code == 0
+    assert {entry["part"] for entry in content["rows"]} == set(PARTS)
+    assert content["schedule"][0]["roles"] == {"full": 0, "anchor": 1, "reduced": 3}
+
+
+@given(st.integers(1, 5000))
+def test_a_grid_holds_its_tokens(count: int) -> None:
+    height, width = grid_of(count)
+    assert height * width == count
+    assert height <= width
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"role": "rest"}, "a step has the role 'rest'"),
+        ({"num_kept": 0}, "a step kept 0 of 8 tokens"),
+        ({"num_kept": 9}, "a step kept 9 of 8 tokens"),
+        ({"num_reference": "many"}, "is no report of edit-image"),
+    ],
+)
+def test_report_with_an_impossible_step_is_refused(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    sizes = {"batch": 1, "num_noisy": 4, "num_text": 2, "num_reference": 8, "num_kept": 8}
+    content = {
+        "engine": {"identity": "x"},
+        "run": {"total_ms": 1.0, "steps": [{"role": "full", **sizes}]},
+    }
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps(content))
+    assert load_report(file).geometry == (1, 4, 2, 8)
+    content["run"]["steps"][0] |= change  # type: ignore[index]
+    file.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match=message):
+        load_report(file)
+
+
+def test_laps_between_events_add_up_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The arithmetic alone: events whose times are given, in the place of CUDA's."""
+    from ditrim.runtime.profile_measure import EventClock
+
+    times = iter([0.0, 3.0, 5.0, 9.0])
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+            self.is_finished = False
+
+        def record(self, stream: object) -> None:
+            self.time = next(times)
+
+        def synchronize(self) -> None:
+            self.is_finished = True
+
+        def elapsed_time(self, end: Event) -> float:
+            return end.time - self.time
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
+    clock = EventClock(torch.device("cuda", 0))
+    for part in ("gather", "back", "gather"):
+        clock.lap(part)
+    assert clock.parts == {}
+    clock.finish()
+    assert clock.parts == {"gather": 7.0, "back": 2.0}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_events_time_what_runs_on_the_stream() -> None:
+    from ditrim.runtime.profile_measure import EventClock
+
+    matrix = torch.randn(2048, 2048, device="cuda")
+    clock = EventClock(torch.device("cuda", 0))
+    _ = matrix @ matrix
+    clock.lap("product")
+    clock.finish()
+    assert clock.parts["product"] > 0
