@@ -235,7 +235,13 @@ class EngineCalls:
             or self._gathered[1] is not tables
         ):
             cosines, sines = tables.reference
-            self._gathered = (kept, tables, (cosines[kept], sines[kept]))
+            # Indexing with a tensor is far slower than `index_select` on a CPU.
+            flat = kept.flatten()
+            found = (
+                cosines.index_select(0, flat).unflatten(0, kept.shape),
+                sines.index_select(0, flat).unflatten(0, kept.shape),
+            )
+            self._gathered = (kept, tables, found)
         return self._gathered[2]
 
     def _rope(self, inputs: ModelInputs) -> RopeTables:

@@ -1,14 +1,16 @@
 """Times FRONT, BACK, anchors and what stands between them, round by round.
 
-Every round runs everything once, in an order that turns from round to round, so that what slows the
-machine for a while slows all parts alike. CPUs are timed by the monotonic clock, GPUs by events on
-the current stream.
+Every round runs everything once, in an order that is drawn anew, so that what slows the machine for
+a while, and whatever ran before, slows all parts alike. Before each part torch's threads are given
+time to stop spinning, which would slow the engine's. CPUs are timed by the monotonic clock, GPUs by
+events on the current stream.
 """
 
 from __future__ import annotations
 
 import gc
 import itertools
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,17 +26,18 @@ from ditrim.engines.devices import present_device
 from ditrim.engines.flops import CallSize
 from ditrim.engines.manifest import Manifest
 from ditrim.runtime.denoiser import Denoiser
-from ditrim.runtime.engine_calls import Clock, EngineCalls, FrontResult, gather_rows
+from ditrim.runtime.engine_calls import Clock, EngineCalls, FrontResult
 from ditrim.runtime.machine import held_bytes
 from ditrim.runtime.model_inputs import ModelInputs
 from ditrim.runtime.policy import CallView, FullContext, Reduction
-from ditrim.runtime.profile import PRODUCT, Profile, Row
+from ditrim.runtime.profile import PARTS, PRODUCT, Profile, Row
 from ditrim.runtime.reference_product import PRODUCT_COST, PRODUCT_SIDE, plain_products
 from ditrim.runtime.rope import Grid, RopeTables, flux_ids, flux_rope, qwen_rope
 from ditrim.runtime.topi import ToPi
 
 _COPY_BYTES = 64 << 20
 _SCHEDULER_STEPS = 1000
+_SETTLE_SECONDS = 0.005
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +127,7 @@ class Meter:
         self.manifest = engines.engine_set.manifest
         self.is_cuda = engines.device.type == "cuda"
         self.cost = model_cost_of(self.manifest)
-        self._series: dict[tuple[Any, ...], _Series] = {}
+        self._series: dict[tuple[str, CallSize, int], _Series] = {}
         self._sites = [_Site(self, geometry, rungs, tau) for geometry in geometries]
         self._products = () if self.is_cuda else tuple(plain_products(self.manifest.backend))
         self._copies: list[float] = []
@@ -214,7 +217,14 @@ class Meter:
         )
 
     def rows(self) -> tuple[Row, ...]:
-        """What was measured."""
+        """What was measured: products, then size by size its parts, short before long."""
+        order = [site.size for site in self._sites]
+        names = (PRODUCT, *PARTS)
+
+        def place(key: tuple[str, CallSize, int]) -> tuple[int, int, int]:
+            part, size, num_kept = key
+            return order.index(size) if size in order else -1, names.index(part), num_kept
+
         return tuple(
             Row(
                 **series.row,
@@ -223,7 +233,7 @@ class Meter:
                 num_bytes=series.cost.num_bytes,
                 memory_bytes=series.memory_bytes,
             )
-            for series in self._series.values()
+            for _, series in sorted(self._series.items(), key=lambda item: place(item[0]))
         )
 
 
@@ -246,6 +256,8 @@ class _Site:
             if kept < length
         }
         self.reductions[length] = None
+        # One each: it remembers the position rows of the tokens that it kept last.
+        self.backs = {kept: EngineCalls(engines) for kept in self.reductions}
         self.policy = ToPi(tau=tau)
         self.influence = torch.rand(
             geometry.batch, length, generator=generator, dtype=torch.float32
@@ -257,6 +269,7 @@ class _Site:
         self.scheduler = _SchedulerStep(self.inputs.noisy_latents)
 
     def run_round(self, number: int) -> None:
+        self._settle()
         front = self._front()
         parts: list[Callable[[], None]] = [
             *(partial(self._back, front, kept) for kept in self.reductions),
@@ -266,9 +279,14 @@ class _Site:
             self._schedule,
             self._step,
         ]
-        turn = number % len(parts)
-        for run in parts[turn:] + parts[:turn]:
+        random.Random(number).shuffle(parts)
+        for run in parts:
+            self._settle()
             run()
+
+    def _settle(self) -> None:
+        if not self.meter.is_cuda:
+            time.sleep(_SETTLE_SECONDS)
 
     def _add(self, part: str, kept: int, milliseconds: float, cost: Cost | None = None) -> None:
         self.meter.add(part, self.size, kept, milliseconds, cost or Cost())
@@ -286,25 +304,14 @@ class _Site:
 
     def _back(self, front: FrontResult, kept: int) -> None:
         clock = self.meter.clock()
-        self.calls.run_back(front, "back", self.reductions[kept], self.one_row, clock)
+        self.backs[kept].run_back(front, "back", self.reductions[kept], self.one_row, clock)
         _finish(clock)
         is_scored = not self.meter.manifest.target.get("separate_anchor")
         cost = self.meter.cost.back(self._at(kept), num_rows=int(is_scored))
         self._add("back", kept, clock.parts["back"], cost)
         if self.reductions[kept] is not None:
-            self._gather(front, kept)
-
-    def _gather(self, front: FrontResult, kept: int) -> None:
-        """Hidden states alone; the rows of the position tables are gathered once an anchor."""
-        reduction = self.reductions[kept]
-        assert reduction is not None
-        assert reduction.kept is not None
-        clock = self.meter.clock()
-        gather_rows(front.hidden["reference"], reduction.kept)
-        clock.lap("gather")
-        _finish(clock)
-        cost = self.meter.cost.gather(self._at(kept))
-        self._add("gather", kept, clock.parts["gather"], cost)
+            cost = self.meter.cost.gather(self._at(kept))
+            self._add("gather", kept, clock.parts["gather"], cost)
 
     def _anchor(self, front: FrontResult) -> None:
         clock = self.meter.clock()
@@ -336,7 +343,7 @@ class _Site:
         assert kept is not None
         clock = self.meter.clock()
         for table in front.tables.reference:
-            _ = table[kept]
+            _ = table.index_select(0, kept.flatten()).unflatten(0, kept.shape)
         clock.lap("rope")
         _finish(clock)
         self._add("rope", kept.shape[1], clock.parts["rope"])

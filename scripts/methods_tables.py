@@ -22,6 +22,15 @@ from typing import Any
 from ditrim.runtime.comparison_summary import ALL, summarise_rows
 
 FULL = "full context"
+METRICS = (
+    "psnr_db",
+    "ssim",
+    "psnr_edited_db",
+    "psnr_unedited_db",
+    "psnr_target_db",
+    "kept_ratio",
+    "token_share",
+)
 CURVE = ("topi", "coverage", "random")
 # Reference tokens of the small editor's edits whose first reference has the picture's grid.
 ON_GRID = (144, 288)
@@ -89,6 +98,17 @@ def table(found: dict[str, Any], labels: Sequence[str], against: str | None = No
             cells.append("" if label == against else difference(found, ALL, label, against))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def shortened(found: dict[str, Any]) -> dict[str, Any]:
+    """The summary with the metrics that are told of."""
+    return {
+        group: {
+            label: {name: entry[name] for name in ("edits", "runs", *METRICS)}
+            for label, entry in labels.items()
+        }
+        for group, labels in found["summary"].items()
+    }
 
 
 def difference(found: dict[str, Any], group: str, first: str, second: str) -> str:
@@ -200,7 +220,7 @@ def main() -> int:
     print(f"### coverage less top-K, by category\n\n{category_table(curve, ratios)}\n")
     draw_curve(curve, ratios, arguments.figure)
     kept = {
-        name: {key: value for key, value in found.items() if key != "differences"}
+        name: {**found, "differences": {}, "metrics": METRICS, "summary": shortened(found)}
         for name, found in (("methods", methods), ("on_grid", on_grid), ("curve", curve))
     }
     arguments.output.write_text(json.dumps(kept, separators=(",", ":")) + "\n")

@@ -166,7 +166,8 @@ def test_demo_leaves_strip_and_report_and_builds_once(tmp_path: Path) -> None:
     assert "$ edit-image --engine" in first.stdout
     assert Image.open(out / "strip.png").size[0] > 4 * 288
     report = json.loads((out / "report.json").read_text())
-    assert report["run"]["calls_by_role"] == {"full": 0, "anchor": 4, "reduced": 36}
+    counts = {"full": 0, "anchor": 4, "reduced": 36, "reuse": 0}
+    assert report["run"]["calls_by_role"] == counts
     assert report["full_context"]["calls_by_role"]["full"] == 40
     assert report["comparison"]["psnr_db"] > 15
     assert 0 < report["kept_ratio"] < 1
