@@ -1,0 +1,149 @@
+#!/usr/bin/env python3
+"""How long policies take to decide, for 4096 noisy and 8192 reference tokens of the real width.
+
+What is timed is all that a policy adds to a step: choosing tokens, grouping them, TokenDrop's mask
+and update; not the gather. The share is of a full step of Qwen-Image-Edit on this CPU, estimated from
+its operations and the measured rate of plain matrix products: no step is faster, so no share is
+larger. Influence and features are random.
+
+Example:
+    python scripts/bench_policies.py --repeats 5
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+import ditrim.runtime as ditrim
+from ditrim.engines.cost import ModelCost
+from ditrim.engines.flops import CallSize
+from ditrim.engines.ladder import Ladder
+from ditrim.export.family import FAMILIES
+from ditrim.runtime.policy import CallView, Reduction, StepView
+from ditrim.runtime.reference_product import PRODUCT_COST, plain_products
+
+GRID = (64, 64)
+NUM_NOISY, NUM_REFERENCE, NUM_TEXT, WIDTH, CHANNELS = 4096, 8192, 512, 3072, 64
+
+
+def call_view(*, with_features: bool) -> CallView:
+    """What a policy sees of a step."""
+    generator = torch.Generator().manual_seed(0)
+    features = [
+        torch.randn(1, count, WIDTH, generator=generator) if with_features else None
+        for count in (NUM_NOISY, NUM_REFERENCE)
+    ]
+    return CallView(
+        step=10,
+        branch="cond",
+        ladder=Ladder.even(NUM_REFERENCE, granularity=64),
+        grids=(GRID, GRID, GRID),
+        noisy=features[0],
+        reference=features[1],
+        influence=torch.rand(1, NUM_REFERENCE, generator=generator) ** 3,
+        reduction=Reduction(),
+    )
+
+
+def step_view() -> StepView:
+    """A finished step."""
+    generator = torch.Generator().manual_seed(1)
+
+    def noise(count: int) -> torch.Tensor:
+        return torch.randn(1, count, CHANNELS, generator=generator)
+
+    velocity = noise(NUM_NOISY)
+    return StepView(
+        step=10,
+        ladder=Ladder.even(NUM_REFERENCE, granularity=64),
+        grids=(GRID, GRID, GRID),
+        latents=noise(NUM_NOISY),
+        velocity=velocity,
+        branches={"cond": velocity},
+        sigma=0.8,
+        next_sigma=0.7,
+        reference=noise(NUM_REFERENCE),
+    )
+
+
+def decisions() -> dict[str, Callable[[], object]]:
+    """Name -> what the policy does on one step."""
+    plain, featured, step = (
+        call_view(with_features=False),
+        call_view(with_features=True),
+        step_view(),
+    )
+    drop = ditrim.TokenDrop(dense_if_non_local=False)
+    found: dict[str, Callable[[], object]] = {
+        "topi, anchor": lambda: ditrim.ToPi().begin().select(plain),
+        "coverage, anchor": lambda: ditrim.CoverageToPi().begin().select(plain),
+        "random, anchor": lambda: ditrim.RandomDrop(policy=ditrim.ToPi()).begin().select(plain),
+        "topi mode=merge, anchor": lambda: (
+            ditrim.ToPi(ratio=0.5, mode="merge").begin().select(featured)
+        ),
+        "tokendrop, step": lambda: drop.begin().finish_step(step),
+    }
+    for scope in ("reference", "both"):
+        tomesd = ditrim.ToMeSD(scope=scope)  # type: ignore[arg-type]
+        toma = ditrim.ToMA(scope=scope)  # type: ignore[arg-type]
+        found |= {
+            f"tomesd scope={scope}, step": lambda p=tomesd: p.begin().regroup(featured),
+            f"toma scope={scope}, step": lambda p=toma: p.begin().regroup(featured),
+        }
+    return found
+
+
+def step_seconds() -> tuple[float, float]:
+    """A full step at the measured product rate, and that rate in GFLOP/s."""
+    times = []
+    for _, run in plain_products("torch"):
+        for _ in range(12):
+            start = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - start)
+    rate = PRODUCT_COST.flops / min(times)
+    family = FAMILIES["qwen-edit"]
+    cost = ModelCost(
+        config=family.config,
+        architecture="qwen",
+        front_depth=10,
+        num_layers=60,
+        num_scored=3,
+        precision="fp32",
+    )
+    size = CallSize(num_noisy=NUM_NOISY, num_reference=NUM_REFERENCE, num_text=NUM_TEXT)
+    return (cost.front(size) + cost.back(size)).flops / rate, rate / 1e9
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--repeats", type=int, default=5)
+    repeats = parser.parse_args().repeats
+    seconds, gflops = step_seconds()
+    result: dict[str, object] = {"full_step_s": round(seconds, 1), "gflop_s": round(gflops, 1)}
+    with torch.no_grad():
+        for name, decide in decisions().items():
+            decide()
+            times = []
+            for _ in range(repeats):
+                start = time.perf_counter()
+                decide()
+                times.append((time.perf_counter() - start) * 1e3)
+            median = statistics.median(times)
+            result[name] = {"ms": round(median, 2), "share": f"{median / 1e3 / seconds:.5%}"}
+            print(f"{name:32s} {median:10.2f} ms  {median / 1e3 / seconds:.5%} of a full step")
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
