@@ -3,8 +3,8 @@
 
 What is timed is all that a policy adds to a step: choosing tokens, grouping them, TokenDrop's mask
 and update; not the gather. The share is of a full step of Qwen-Image-Edit on this CPU, estimated
-from its operations and the measured rate of plain matrix products: no step is faster, so no share is
-larger. Influence and features are random.
+from its operations and the measured rate of plain matrix products: no step is faster, so no share
+is larger. Influence and features are random.
 
 Example:
     python scripts/bench_policies.py --repeats 5
