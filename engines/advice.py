@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ditrim.engines.lengths import TOKEN_PIXELS
 from ditrim.engines.options import PLAN_BACKENDS, BuildOptions
 from ditrim.plugins.errors import UsageError
-
-_TOKEN_PIXELS = 16 * 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +79,7 @@ def _pictures_of(side: int) -> Callable[[_Changed], _Changed | None]:
     def lower(state: _Changed) -> _Changed | None:
         options, without = state
         given = options.ladder or options.max_reference_tokens or options.max_noisy_tokens
-        if options.preset or given or options.limits.noisy <= side * side // _TOKEN_PIXELS:
+        if options.preset or given or options.limits.noisy <= (side // TOKEN_PIXELS) ** 2:
             return None
         smaller = _shortened(options, resolution=(side, side))
         return None if smaller is None else (smaller, without)

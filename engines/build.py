@@ -6,7 +6,7 @@ import datetime as dt
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -42,6 +42,7 @@ from ditrim.engines.source import (
     describe,
     find_source,
     fingerprint,
+    fingerprint_loras,
     weights_identity,
 )
 from ditrim.engines.staging import (
@@ -112,13 +113,16 @@ def run_build(options: BuildOptions, *, progress: Progress | None = None) -> Bui
         _check_scoring(built_for)
     source = find_source(options)
     split = choose_split(options, source)
-    prints = fingerprint(source, _known_prints(target, source), progress.update)
+    known = _known_source(target, source)
+    prints = fingerprint(source, known.get("files", {}), progress.update)
+    loras = tuple(fingerprint_loras(source, known.get("loras", ())))
     task = BuildTask(
         options=options,
         source=source,
         split=split,
         prints=prints,
-        identity=_identity(options, source, split, prints, built_for),
+        loras=loras,
+        identity=_identity(options, source, split, prints, loras, built_for),
         target=target,
         built_for=built_for,
     )
@@ -155,16 +159,16 @@ def _check_scoring(target: Target) -> None:
         ) from error
 
 
-def _known_prints(target: Path, source: Source) -> Mapping[str, Any]:
-    """Fingerprints that the last build of this target took of the same weights."""
+def _known_source(target: Path, source: Source) -> Mapping[str, Any]:
+    """What the last build of this target noted of the same weights."""
     try:
         known = read_manifest(target).source
     except (EngineSetError, OSError):
         return {}
     if (known.get("kind"), known.get("location")) != (source.kind, source.location):
         return {}
-    files = known.get("files")
-    return files if isinstance(files, Mapping) else {}
+    kinds = {"files": Mapping, "loras": list}
+    return {key: known[key] for key, kind in kinds.items() if isinstance(known.get(key), kind)}
 
 
 def _identity(
@@ -172,12 +176,13 @@ def _identity(
     source: Source,
     split: SplitChoice,
     prints: Mapping[str, Mapping[str, Any]],
+    loras: Sequence[Mapping[str, Any]],
     built_for: Target | None,
 ) -> str:
     return identity_of(
         options={**options.shaping(), "split": asdict(split), "source": source.kind},
         config=dict(source.config),
-        weights=weights_identity(source, prints),
+        weights=weights_identity(source, prints, loras),
         backend=options.backend,
         device="any" if built_for is None else built_for.identity(),
         is_graph_only=not options.needs_library,
@@ -202,7 +207,7 @@ def _find_unchanged(task: BuildTask) -> EngineSet | str | None:
 
 def _refresh_prints(task: BuildTask, engine_set: EngineSet) -> EngineSet:
     """Note the new status of weight files that were touched but not changed."""
-    described = describe(task.source, task.prints)
+    described = describe(task.source, task.prints, task.loras)
     if described == engine_set.manifest.source:
         return engine_set
     manifest = replace(engine_set.manifest, source=described)
@@ -225,7 +230,8 @@ def _build(task: BuildTask, progress: Progress) -> None:
         if task.built_for is not None:
             progress.stage("Check the builder")
             facts = ask_library(task.built_for)
-        graphs, config = write_graphs(task, folder, progress)
+        written = write_graphs(task, folder, progress)
+        graphs = written.graphs
         plans: dict[str, PlanSpec] = {}
         built_for: dict[str, Any] = {}
         if facts is not None:
@@ -241,7 +247,7 @@ def _build(task: BuildTask, progress: Progress) -> None:
             architecture=task.options.family.architecture,
             transformer_class=task.options.family.transformer_class,
             pipeline_class=task.options.family.pipeline_class,
-            transformer_config=config,
+            transformer_config=written.config,
             num_layers=task.split.num_layers,
             front_depth=task.split.front_depth,
             representative_layers=task.split.representative_layers,
@@ -258,7 +264,9 @@ def _build(task: BuildTask, progress: Progress) -> None:
             plans=plans,
             target=built_for,
             files=files,
-            source=describe(task.source, prints),
+            source=describe(task.source, prints, task.loras),
+            weights=written.weights,
+            merged_weights=written.merged_weights,
             command=_command(task),
             created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         )
@@ -272,8 +280,15 @@ def _build(task: BuildTask, progress: Progress) -> None:
 def _command(task: BuildTask) -> str:
     """A command line that works from any folder."""
     options = replace(task.options, output=str(task.target))
-    if task.source.kind == "folder":
+    if task.source.kind in ("folder", "file"):
         options = replace(options, weights=task.source.location)
+    options = replace(
+        options,
+        lora=tuple(
+            f"{lora.path.resolve() if Path(lora.location).exists() else lora.location}:{lora.scale:g}"
+            for lora in task.source.loras
+        ),
+    )
     return options.command()
 
 

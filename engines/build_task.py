@@ -21,6 +21,7 @@ class BuildTask:
         source: where the weights are.
         split: K and L.
         prints: fingerprints of the weight files, by name.
+        loras: what the manifest says of the LoRAs that are merged.
         identity: of the set.
         target: the folder, with links resolved.
         built_for: what plans are for; none where the graphs are run.
@@ -30,6 +31,7 @@ class BuildTask:
     source: Source
     split: SplitChoice
     prints: Mapping[str, Mapping[str, Any]]
+    loras: tuple[Mapping[str, Any], ...]
     identity: str
     target: Path
     built_for: Target | None

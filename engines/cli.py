@@ -21,6 +21,7 @@ _EXAMPLES = """\
   build-engine --preset small
   build-engine --model qwen-edit --output engines-out/qwen-edit
   build-engine --model flux-kontext --weights ./FLUX.1-Kontext-dev --precision fp16
+  build-engine --model qwen-edit --lora Qwen-Image-Edit-Lightning-8steps.safetensors
   build-engine --model qwen-edit --weights random --num-layers 3 --resolution 512x512
   build-engine --model qwen-edit-plus --num-references 3 --ladder 2048,4096,8192,12288
   build-engine --model qwen-edit --backend tensorrt --dry-run --device h100
@@ -47,11 +48,21 @@ def _parser() -> CommandParser:
     )
     model.add_argument(
         "--weights",
-        metavar="FOLDER|HUB-ID|random",
-        help="a diffusers pipeline or transformer folder, a hub id, or random "
-        "(default: the model's hub id)",
+        metavar="FOLDER|FILE|HUB-ID|random",
+        help="a diffusers pipeline or transformer folder, a safetensors file of the transformer, a "
+        "hub id, or random (default: the model's hub id)",
     )
     model.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub")
+    model.add_argument(
+        "--variant", metavar="NAME", help="of the weight files, as fp16 in *.fp16.safetensors"
+    )
+    model.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="a LoRA to merge into the weights: a file, a folder, or a hub id; can be repeated",
+    )
     model.add_argument("--seed", type=int, metavar="N", help="seed of random weights (default: 0)")
     model.add_argument(
         "--num-layers", type=int, metavar="N", help="depth of a trial with random weights"
@@ -138,11 +149,21 @@ def _parser() -> CommandParser:
         "--resolution",
         action="append",
         metavar="WxH",
-        help="size of the picture and of each reference in pixels; can be repeated "
-        "(default: 1024x1024)",
+        help="size of the picture in the making, in pixels; can be repeated (default: every shape "
+        "that the model's pipeline makes, about a megapixel)",
     )
     shape.add_argument(
-        "--num-references", type=int, metavar="N", help="references in an edit (default: 1 or 2)"
+        "--reference-resolution",
+        action="append",
+        metavar="WxH",
+        help="size of each reference, in pixels; can be repeated (default: every shape that the "
+        "pipeline scales references to, about a megapixel)",
+    )
+    shape.add_argument(
+        "--num-references",
+        type=int,
+        metavar="N",
+        help="references in an edit (default: as many as the model takes)",
     )
     shape.add_argument("--max-reference-tokens", type=int, metavar="N", help="of all references")
     shape.add_argument("--max-noisy-tokens", type=int, metavar="N", help="of the picture")
@@ -189,15 +210,12 @@ def _parsed(option: str, text: str, make: Callable[[str], int], allowed: str) ->
         raise UsageError(f"{option}: {text!r} is not valid; give {allowed}") from None
 
 
-def _resolution(text: str) -> tuple[int, int]:
+def _resolution(option: str, text: str) -> tuple[int, int]:
     width, cross, height = text.lower().partition("x")
     if not cross:
-        raise UsageError(f"--resolution: {text!r} is not valid; give WIDTHxHEIGHT, as 1024x768")
+        raise UsageError(f"{option}: {text!r} is not valid; give WIDTHxHEIGHT, as 1024x768")
     allowed = "WIDTHxHEIGHT in pixels, as 1024x768"
-    return (
-        _parsed("--resolution", width, int, allowed),
-        _parsed("--resolution", height, int, allowed),
-    )
+    return _parsed(option, width, int, allowed), _parsed(option, height, int, allowed)
 
 
 _UNITS = {
@@ -254,9 +272,10 @@ def options_from(arguments: argparse.Namespace) -> BuildOptions:
         del values[name]
     values["layers"] = _whole_numbers("--layers", arguments.layers)
     values["ladder"] = _whole_numbers("--ladder", arguments.ladder)
-    values["resolution"] = None
-    if arguments.resolution is not None:
-        values["resolution"] = tuple(_resolution(text) for text in arguments.resolution)
+    for name in ("resolution", "reference_resolution"):
+        if values[name] is not None:
+            option = "--" + name.replace("_", "-")
+            values[name] = tuple(_resolution(option, text) for text in values[name])
     for name in ("precision", "revision"):
         if values[name] is not None and not values[name].strip():
             raise UsageError(f"--{name} is empty; give a name, or leave it out")
@@ -265,6 +284,7 @@ def options_from(arguments: argparse.Namespace) -> BuildOptions:
     if arguments.compute_capability is not None:
         values["compute_capability"] = tuple(arguments.compute_capability.split(","))
     values["config"] = _config(arguments.config)
+    values["lora"] = tuple(arguments.lora)
     return BuildOptions(**values)
 
 

@@ -7,8 +7,9 @@ compared with, and how far off it was: `docs/dry-run.md`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ditrim.engines.advice import Change, changes
@@ -16,6 +17,7 @@ from ditrim.engines.companions import COMPANIONS, Companion
 from ditrim.engines.devices import DEVICES, Device, device_named, present_device
 from ditrim.engines.estimate_text import lines_of
 from ditrim.engines.flops import CallSize
+from ditrim.engines.lengths import TOKEN_PIXELS
 from ditrim.engines.memory import (
     ELEMENT_BYTES,
     activation_bytes,
@@ -45,7 +47,6 @@ _RESERVE_BYTES = 1 << 30
 # A set fits if it leaves the rest free, for what is not counted: workspaces of convolutions,
 # fragmentation, and the errors of this estimate.
 _USABLE = 0.95
-_TOKEN_PIXELS = 16 * 16
 # Capabilities that TensorRT-RTX 1.7 builds for.
 _RTX_CAPABILITIES = {(7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1)}
 
@@ -115,6 +116,8 @@ class Estimate:
         build_device_bytes: 0 where the build needs no device.
         companions: what else is on the device.
         need: device memory while an edit is made.
+        every_shape_bytes: of it, what serving every shape of pictures and long prompts takes beyond
+            square pictures and short prompts; 0 where lengths were given.
         fits: whether the device has that much.
         changes: what to do if not, in order, up to where it fits.
         fits_on: other devices of the table that have enough as it is.
@@ -143,6 +146,7 @@ class Estimate:
     build_device_bytes: int
     companions: tuple[Companion, ...]
     need: Need
+    every_shape_bytes: int
     fits: bool
     changes: tuple[Change, ...]
     fits_on: tuple[str, ...]
@@ -230,6 +234,7 @@ def estimate(
         build_device_bytes=figures.build_device_bytes(),
         companions=figures.companions,
         need=need,
+        every_shape_bytes=need.total - figures.usual(config).need().total,
         fits=fits,
         changes=()
         if fits
@@ -317,6 +322,22 @@ class _Figures:
             batch=options.limits.batch,
         )
 
+    def usual(self, config: Mapping[str, Any]) -> _Figures:
+        """Those of a set for square pictures and short prompts; its own where lengths are given."""
+        options = self.options
+        if not options.serves_every_shape:
+            return self
+        side = math.isqrt(options.family.sizing.usual_tokens) * TOKEN_PIXELS
+        usual = options.ranges.text.best
+        narrow = replace(
+            options,
+            resolution=(side, side),
+            reference_resolution=(side, side),
+            max_text_tokens=options.max_text_tokens or usual,
+            granularity=options.granularity or options.reference_ladder.granularity,
+        )
+        return _Figures.of(narrow, config)
+
     def need(self) -> Need:
         """Device memory while an edit is made."""
         options, size = self.options, self.size
@@ -326,7 +347,7 @@ class _Figures:
         )
         phases = {"text": 0, "pictures": 0}
         for item in self.companions:
-            added = item.transient_bytes(size.num_noisy * _TOKEN_PIXELS, size.num_text)
+            added = item.transient_bytes(size.num_noisy * TOKEN_PIXELS**2, size.num_text)
             phases[item.phase] = max(phases[item.phase], added)
         return Need(
             engines=sum(plan.file_bytes for plan in self.plans),

@@ -54,6 +54,12 @@ def lines_of(plan: Estimate) -> Iterator[str]:
     )
     yield f"  CUDA          {size(need.reserve)} (an allowance)"
     yield f"  in all        {size(need.total)}"
+    if plan.every_shape_bytes:
+        yield (
+            f"of it, serving every shape of pictures from 1:8 to 8:1 and prompts of up to 1,024 "
+            f"tokens takes {size(plan.every_shape_bytes)} against square pictures and short "
+            "prompts alone"
+        )
     yield ""
     yield from _verdict(plan)
     for note in plan.notes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ditrim.engines.context_cache import MOST_SPECIALISED_LENGTHS
@@ -16,14 +17,6 @@ if TYPE_CHECKING:
 
 # Pixels a token spans: the VAE's factor 8 and patches of 2.
 TOKEN_PIXELS = 16
-_DEFAULT_RESOLUTION = (1024, 1024)
-_DEFAULT_REFERENCES = {
-    "qwen-edit": 1,
-    "qwen-edit-plus": 2,
-    "qwen-edit-2511": 2,
-    "flux-kontext": 1,
-}
-_DEFAULT_TEXT_TOKENS = {"qwen": 1024, "flux": 512}
 _DEFAULT_BATCH = 4
 _DEFAULT_RUNGS = 8
 # The shipped editor: 12x12 tokens a picture, with one reference of 18x18 beside one of 12x12.
@@ -42,10 +35,11 @@ def limits_of(options: BuildOptions) -> Limits:
     """The largest batch, noisy and text lengths."""
     default = _SMALL_LIMITS
     if options.preset is None:
+        sizing = options.family.sizing
         default = Limits(
             batch=_DEFAULT_BATCH,
-            noisy=max(_picture_tokens(options)),
-            text=_DEFAULT_TEXT_TOKENS[options.family.architecture],
+            noisy=max(_tokens_of(options.resolutions), default=sizing.noisy_tokens),
+            text=sizing.text_tokens(num_references_of(options)),
         )
     return Limits(
         batch=options.max_batch or default.batch,
@@ -54,32 +48,50 @@ def limits_of(options: BuildOptions) -> Limits:
     )
 
 
-def _resolutions(options: BuildOptions) -> tuple[tuple[int, int], ...]:
-    return options.resolutions or (_DEFAULT_RESOLUTION,)
+def num_references_of(options: BuildOptions) -> int:
+    """References in an edit: as given, otherwise as many as the model was released for."""
+    return options.num_references or options.family.max_references
 
 
-def _picture_tokens(options: BuildOptions) -> list[int]:
+def _tokens_of(resolutions: Sequence[tuple[int, int]]) -> list[int]:
     """Tokens of a picture of each resolution."""
-    return [
-        (width // TOKEN_PIXELS) * (height // TOKEN_PIXELS)
-        for width, height in _resolutions(options)
-    ]
+    return [(width // TOKEN_PIXELS) * (height // TOKEN_PIXELS) for width, height in resolutions]
 
 
 def ranges_of(options: BuildOptions) -> Ranges:
     """Least, best and largest sizes of the axes besides the references.
 
-    Plans are tuned for one edit at a time and the longest picture and text, unless told.
+    Plans are tuned for one edit at a time, and for the sizes of a square picture and a prompt of
+    some 30 words where the limits are the pipeline's own; else for the largest sizes.
 
     Raises:
         UsageError: sizes contradict each other.
     """
     largest = limits_of(options)
+    noisy = text = None
+    if options.preset is None:
+        sizing = options.family.sizing
+        noisy = sizing.usual_tokens if largest.noisy == sizing.noisy_tokens else None
+        count = num_references_of(options)
+        is_usual = largest.text == sizing.text_tokens(count)
+        text = sizing.usual_text_tokens(count) if is_usual else None
     return Ranges(
         batch=_range(options, "batch", largest.batch, default_best=1),
-        noisy=_range(options, "noisy_tokens", largest.noisy),
-        text=_range(options, "text_tokens", largest.text),
+        noisy=_range(options, "noisy_tokens", largest.noisy, default_best=noisy),
+        text=_range(options, "text_tokens", largest.text, default_best=text),
     )
+
+
+def usual_references(options: BuildOptions) -> tuple[int, ...]:
+    """Whole reference lengths that plans are tuned for: of every number of square references.
+
+    Empty where lengths were given, which are then tuned for themselves.
+    """
+    given = options.ladder or options.max_reference_tokens or options.reference_resolutions
+    if options.preset is not None or given:
+        return ()
+    usual = options.family.sizing.usual_tokens
+    return tuple(usual * number for number in range(1, num_references_of(options) + 1))
 
 
 def _range(
@@ -101,7 +113,7 @@ def ladder_of(options: BuildOptions) -> Ladder:
     """The reference lengths; all references together.
 
     Without a ladder or a length that is given, they are even parts of the longest, and the whole
-    lengths of every number of references at every resolution.
+    lengths of every number of references, at every resolution that is given for them.
 
     Raises:
         UsageError: the ladder or the granularity cannot be.
@@ -118,8 +130,9 @@ def ladder_of(options: BuildOptions) -> Ladder:
         longest = _SMALL_REFERENCE
     whole: set[int] = set()
     if longest is None:
-        count = options.num_references or _DEFAULT_REFERENCES[options.model]
-        pictures = _picture_tokens(options)
+        count = num_references_of(options)
+        pictures = _tokens_of(options.reference_resolutions)
+        pictures = pictures or [options.family.sizing.reference_tokens]
         whole = {number * tokens for number in range(1, count + 1) for tokens in pictures}
         longest = max(whole)
     num_rungs = options.rungs or _DEFAULT_RUNGS
@@ -161,10 +174,14 @@ def check_lengths(options: BuildOptions) -> None:
     Raises:
         UsageError: names the option, what was given, the limit and what to do.
     """
-    if options.resolution is not None and not options.resolution:
-        raise UsageError("--resolution is empty; give WIDTHxHEIGHT, as 1024x768")
+    for name in ("resolution", "reference_resolution"):
+        given = getattr(options, name)
+        if given is not None and not given:
+            raise UsageError(f"{option_of(name)} is empty; give WIDTHxHEIGHT, as 1024x768")
     for width, height in options.resolutions:
-        _check_resolution(width, height)
+        _check_resolution("--resolution", width, height)
+    for width, height in options.reference_resolutions:
+        _check_resolution("--reference-resolution", width, height)
     expect_count("--num-references", options.num_references)
     most, model = options.family.max_references, options.model
     if options.num_references is not None and options.num_references > most:
@@ -179,19 +196,19 @@ def check_lengths(options: BuildOptions) -> None:
         _check_positions(options)
 
 
-def _check_resolution(width: Any, height: Any) -> None:
+def _check_resolution(option: str, width: Any, height: Any) -> None:
     for side, pixels in (("width", width), ("height", height)):
-        expect_count(f"--resolution: the {side}", pixels, most=MOST_PICTURE_TOKENS * TOKEN_PIXELS)
+        expect_count(f"{option}: the {side}", pixels, most=MOST_PICTURE_TOKENS * TOKEN_PIXELS)
         if pixels % TOKEN_PIXELS:
             near = max(1, round(pixels / TOKEN_PIXELS)) * TOKEN_PIXELS
             raise UsageError(
-                f"--resolution {width}x{height}: the {side} {pixels} is not a multiple of "
+                f"{option} {width}x{height}: the {side} {pixels} is not a multiple of "
                 f"{TOKEN_PIXELS} pixels, the side of a token; the nearest is {near}"
             )
     tokens = (width // TOKEN_PIXELS) * (height // TOKEN_PIXELS)
     if tokens > MOST_PICTURE_TOKENS:
         raise UsageError(
-            f"--resolution {width}x{height} is {tokens} tokens; a picture has at most "
+            f"{option} {width}x{height} is {tokens} tokens; a picture has at most "
             f"{MOST_PICTURE_TOKENS}, as many as {_MOST_PICTURE}; give a smaller one"
         )
 
@@ -234,7 +251,8 @@ def _check_count(options: BuildOptions, name: str, most: int, meaning: str) -> N
 
 def _check_positions(options: BuildOptions) -> None:
     """Qwen-Image's positions: half of a picture's longer side, and the text after them."""
-    sides = () if options.preset is not None else _resolutions(options)
+    sides = () if options.preset is not None else options.resolutions
+    sides += () if options.preset is not None else options.reference_resolutions
     longest = max((max(sizes) // TOKEN_PIXELS for sizes in sides), default=0)
     text = limits_of(options).text
     if longest // 2 + text > _QWEN_POSITIONS:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from ditrim.engines.fingerprints import decode_samples
 from ditrim.engines.ladder import Ladder
 from ditrim.engines.profiles import PLAN_ROLES, AxisRange, ProfileSpec
 from ditrim.plugins.errors import EngineSetError, LadderError
@@ -120,7 +121,11 @@ class Manifest:
             "compute_capabilities" (as "8.9"), "gpu" and "driver" (null where none was needed),
             "weights" ("included" or "stripped"), "separate_anchor".
         files: every other file of the set.
-        source: where the weights came from ("kind", "location", "revision", "seed", "files").
+        source: where the weights came from ("kind", "location", "revision", "seed", "files"), and
+            the LoRAs that were merged into them ("loras": "file", "sha256", "scale").
+        weights: samples of every weight of the source, by name in diffusers' state dict
+            (`fingerprints`). Older manifests lack it.
+        merged_weights: those of the weights that LoRAs changed, after the merge.
         command: the command line that builds the set.
         created: UTC time, ISO 8601.
     """
@@ -148,6 +153,8 @@ class Manifest:
     target: Mapping[str, Any]
     files: tuple[FileEntry, ...]
     source: Mapping[str, Any]
+    weights: Mapping[str, str] = field(default_factory=dict)
+    merged_weights: Mapping[str, str] = field(default_factory=dict)
     command: str
     created: str
 
@@ -315,6 +322,8 @@ def _manifest_from(content: dict[str, Any]) -> Manifest:
             target=_target_from(reader.take("target", dict)),
             files=reader.items("files", _file_from),
             source=reader.take("source", dict),
+            weights=_samples_from(reader, "weights"),
+            merged_weights=_samples_from(reader, "merged_weights"),
             command=reader.take("command", str),
             created=reader.take("created", str),
         )
@@ -329,6 +338,18 @@ def _manifest_from(content: dict[str, Any]) -> Manifest:
             "outputs of 'graphs.back'"
         )
     return manifest
+
+
+def _samples_from(reader: _Reader, key: str) -> dict[str, str]:
+    if not reader.has(key):
+        return {}
+    content = reader.take(key, dict)
+    for name, text in content.items():
+        try:
+            decode_samples(_text(text, f"{key}.{name}"))
+        except ValueError as error:
+            raise EngineSetError(f"{MANIFEST_NAME}: key '{key}.{name}': {error}") from error
+    return content
 
 
 def _ladder_from(content: dict[str, Any]) -> Ladder:

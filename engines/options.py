@@ -11,11 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from ditrim.engines.ladder import Ladder
-from ditrim.engines.lengths import check_lengths, ladder_of, limits_of, ranges_of
+from ditrim.engines.lengths import (
+    check_lengths,
+    ladder_of,
+    limits_of,
+    ranges_of,
+    usual_references,
+)
 from ditrim.engines.manifest import PRECISIONS, Limits
 from ditrim.engines.option_values import expect_count, expect_one_of, option_of
 from ditrim.engines.profiles import ProfileSpec, Ranges, ladder_profiles, plan_roles
 from ditrim.export.family import Family, family_named
+from ditrim.export.lora import LoraChoice
 from ditrim.plugins.errors import UsageError
 
 BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
@@ -86,6 +93,13 @@ def _check_axes(value: Any) -> None:
         )
 
 
+def _sizes(given: Any) -> tuple[tuple[int, int], ...]:
+    """One size or several, as several."""
+    if not given:
+        return ()
+    return (given,) if isinstance(given[0], int) else tuple(given)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildOptions:
     """Options of `build-engine`; None means the default of the model.
@@ -95,6 +109,8 @@ class BuildOptions:
         preset: "small", the shipped trained editor.
         weights: a folder, a hub id, "random", or none for the family's hub id.
         revision: branch, tag or commit of a hub id.
+        variant: of the weight files, as "fp16".
+        lora: LoRAs to merge, each FILE[:SCALE].
         seed: of random weights.
         backend: "onnxruntime", "tensorrt" or "tensorrt-rtx".
         precision: "fp32", "fp16" or "bf16"; given as none it becomes the backend's default.
@@ -107,9 +123,11 @@ class BuildOptions:
         rungs: how many even ones, where no ladder is given.
         granularity: kept counts are rounded up to a multiple of it; none means 1 for graphs, and
             for plans the smallest power of two that leaves at most 64 kept counts.
-        resolution: (width, height) of the picture and of each reference, in pixels; or several of
-            them, of which the largest sets the limits and each adds its lengths to the ladder.
-        num_references: how many references.
+        resolution: (width, height) in pixels of the picture in the making, or several of them, of
+            which the largest sets the limit; none serves every shape that the pipeline makes.
+        reference_resolution: the same of each reference; each adds its lengths to the ladder. None
+            serves every shape that the pipeline makes of references, whatever the picture's size.
+        num_references: how many references; none means as many as the model takes.
         max_reference_tokens, max_noisy_tokens, max_text_tokens, max_batch: limits, given directly.
         min_batch, opt_batch, min_noisy_tokens, opt_noisy_tokens, min_text_tokens, opt_text_tokens:
             the least sizes that plans serve and those that they are tuned for.
@@ -130,6 +148,8 @@ class BuildOptions:
     preset: str | None = None
     weights: str | None = None
     revision: str | None = None
+    variant: str | None = None
+    lora: tuple[str, ...] = ()
     seed: int | None = None
     backend: str = "onnxruntime"
     precision: str = ""
@@ -142,6 +162,7 @@ class BuildOptions:
     rungs: int | None = None
     granularity: int | None = None
     resolution: tuple[int, int] | tuple[tuple[int, int], ...] | None = None
+    reference_resolution: tuple[int, int] | tuple[tuple[int, int], ...] | None = None
     num_references: int | None = None
     max_reference_tokens: int | None = None
     max_noisy_tokens: int | None = None
@@ -206,7 +227,8 @@ class BuildOptions:
                 f"--preset {self.preset} is a qwen-edit model and cannot be combined with --model "
                 f"{self.model}; leave one of them out"
             )
-        for name in ("weights", "num_layers", "config", "resolution", "num_references"):
+        fixed = ("weights", "variant", "lora", "num_layers", "config", "num_references")
+        for name in (*fixed, "resolution", "reference_resolution"):
             if getattr(self, name):
                 raise UsageError(
                     f"--{name.replace('_', '-')} cannot be combined with --preset {self.preset}, "
@@ -222,6 +244,12 @@ class BuildOptions:
                     f"--{name.replace('_', '-')} needs --weights random: real weights have their "
                     "own configuration"
                 )
+        if self.variant is not None and is_random:
+            raise UsageError("--variant names files of a checkpoint; leave it out with random weights")
+        if self.variant is not None and not re.fullmatch(r"[\w-]+", self.variant):
+            raise UsageError(f"--variant {self.variant!r} is not valid; give a word, as fp16")
+        for text in self.lora:
+            LoraChoice.parse(text)
         if self.revision is not None and (self.preset is not None or is_random):
             raise UsageError("--revision needs weights from the hub: --weights <hub id>")
         for key, value in self.config.items():
@@ -306,9 +334,19 @@ class BuildOptions:
 
     @property
     def resolutions(self) -> tuple[tuple[int, int], ...]:
-        """Every resolution that was given, none for the model's default."""
-        given: Any = self.resolution or ()
-        return (given,) if given and isinstance(given[0], int) else tuple(given)
+        """Every resolution that was given for the picture; empty for the pipeline's own."""
+        return _sizes(self.resolution)
+
+    @property
+    def reference_resolutions(self) -> tuple[tuple[int, int], ...]:
+        """Every resolution that was given for references; empty for the pipeline's own."""
+        return _sizes(self.reference_resolution)
+
+    @property
+    def serves_every_shape(self) -> bool:
+        """Whether limits are those of every shape that the pipeline makes."""
+        given = (self.ladder, self.max_reference_tokens, self.max_noisy_tokens, self.preset)
+        return not any((*given, self.resolution, self.reference_resolution))
 
     @property
     def family(self) -> Family:
@@ -339,7 +377,11 @@ class BuildOptions:
         """Optimisation profiles of every plan of the set, by role."""
         return {
             role: ladder_profiles(
-                self.reference_ladder, self.ranges, role, separate_anchor=self.separate_anchor
+                self.reference_ladder,
+                self.ranges,
+                role,
+                separate_anchor=self.separate_anchor,
+                usual=usual_references(self),
             )
             for role in plan_roles(separate_anchor=self.separate_anchor)
         }
@@ -396,8 +438,11 @@ class BuildOptions:
             if item.name == "config":
                 for key in sorted(value):
                     arguments += [option, f"{key}={json.dumps(value[key])}"]
-            elif item.name == "resolution":
-                for width, height in self.resolutions:
+            elif item.name == "lora":
+                for text in value:
+                    arguments += [option, text]
+            elif item.name in ("resolution", "reference_resolution"):
+                for width, height in _sizes(value):
                     arguments += [option, f"{width}x{height}"]
             elif value is True:
                 arguments.append(option)

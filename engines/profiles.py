@@ -95,7 +95,12 @@ def is_scored(role: str, *, separate_anchor: bool) -> bool:
 
 
 def ladder_profiles(
-    ladder: Ladder, limits: Limits | Ranges, role: str, *, separate_anchor: bool = False
+    ladder: Ladder,
+    limits: Limits | Ranges,
+    role: str,
+    *,
+    separate_anchor: bool = False,
+    usual: tuple[int, ...] = (),
 ) -> tuple[ProfileSpec, ...]:
     """A profile for each rung.
 
@@ -108,6 +113,8 @@ def ladder_profiles(
         limits: the largest sizes of the other axes, or their ranges.
         role: "front", "back" or "anchor".
         separate_anchor: whether the set has an anchor plan, so that BACK scores nothing.
+        usual: whole reference lengths of usual edits. The profile that holds one is tuned for the
+            longest of them, the others for their rung.
     """
     ranges = limits if isinstance(limits, Ranges) else Ranges.up_to(limits)
     assert role in PLAN_ROLES, role
@@ -122,7 +129,11 @@ def ladder_profiles(
             ProfileSpec(
                 batch=ranges.batch,
                 noisy=ranges.noisy,
-                reference=AxisRange(least=least, best=rung, most=rung),
+                reference=AxisRange(
+                    least=least,
+                    best=max((n for n in usual if least <= n <= rung), default=rung),
+                    most=rung,
+                ),
                 text=ranges.text,
                 rows=rows,
             )

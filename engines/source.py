@@ -11,8 +11,8 @@ import importlib.util
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from ditrim.export.checkpoint import (
     find_checkpoint,
     is_hub_id,
 )
+from ditrim.export.lora import LoraChoice, find_lora
+from ditrim.export.single_file import describe_single_file
 from ditrim.plugins.errors import CheckpointError, UsageError
 
 _BLOCK_BYTES = 16 * 1024 * 1024
@@ -37,6 +39,15 @@ _DEPTHS: dict[str, dict[str, int]] = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoraSource:
+    """A LoRA that was found but not read: its file, how it was named, and its scale."""
+
+    path: Path
+    location: str
+    scale: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """Weights that were found but not read.
 
@@ -46,6 +57,9 @@ class Source:
         revision: the commit of a hub id.
         seed: of random weights.
         checkpoint: the files; none for random weights.
+        variant: of the files.
+        is_single_file: the files are one, in names of its own, and have to be converted.
+        loras: to be merged, in order.
         config: the transformer's configuration as found, or for random weights as asked for.
         calibration: K and L that were measured on these very weights, if any.
     """
@@ -55,6 +69,9 @@ class Source:
     revision: str | None = None
     seed: int | None = None
     checkpoint: Checkpoint | None = None
+    variant: str | None = None
+    is_single_file: bool = False
+    loras: tuple[LoraSource, ...] = ()
     config: Mapping[str, Any]
     calibration: Mapping[str, Any] = field(default_factory=dict)
 
@@ -106,12 +123,24 @@ def find_source(options: BuildOptions) -> Source:
     elif options.weights == "random":
         config = {**family.config, **_cut_depth(options), **options.config}
         config["_class_name"] = family.transformer_class
-        return Source(kind="random", location="random", seed=options.seed or 0, config=config)
+        seed, loras = options.seed or 0, _find_loras(options)
+        return Source(kind="random", location="random", seed=seed, config=config, loras=loras)
     else:
         source = _find_real(options)
     assert source.checkpoint is not None
-    check_config(family, source.config, str(source.checkpoint.folder / "config.json"))
-    return source
+    where = source.location
+    if not source.is_single_file:
+        where = str(source.checkpoint.folder / "config.json")
+    check_config(family, source.config, where)
+    return replace(source, loras=_find_loras(options), variant=options.variant)
+
+
+def _find_loras(options: BuildOptions) -> tuple[LoraSource, ...]:
+    choices = [LoraChoice.parse(text) for text in options.lora]
+    return tuple(
+        LoraSource(path=find_lora(choice.location), location=choice.location, scale=choice.scale)
+        for choice in choices
+    )
 
 
 def _find_real(options: BuildOptions) -> Source:
@@ -122,17 +151,28 @@ def _find_real(options: BuildOptions) -> Source:
             raise UsageError(f"--revision needs weights from the hub, and {text} is a folder")
         if not path.exists() and not text.startswith((".", "/", "~")) and "/" not in text:
             raise CheckpointError(
-                f"--weights {text!r} is neither a folder that exists, nor a hub id (owner/name), "
-                "nor 'random'"
+                f"--weights {text!r} is neither a folder or file that exists, nor a hub id "
+                "(owner/name), nor 'random'"
             )
-        found = find_checkpoint(path)
+        if path.is_file():
+            if options.variant is not None:
+                raise UsageError(f"--variant {options.variant}: --weights {text} is one file")
+            described = describe_single_file(Path(os.path.abspath(path)), options.family)
+            return Source(
+                kind="file",
+                location=os.path.abspath(path),
+                checkpoint=described,
+                is_single_file=True,
+                config=described.config,
+            )
+        found = find_checkpoint(path, options.variant)
         return Source(
             kind="folder",
             location=os.path.abspath(path),
             checkpoint=found,
             config=found.config,
         )
-    found, commit = fetch_checkpoint(text, options.revision)
+    found, commit = fetch_checkpoint(text, options.revision, options.variant)
     return Source(kind="hub", location=text, revision=commit, checkpoint=found, config=found.config)
 
 
@@ -353,19 +393,61 @@ def _hash_stably(path: Path, on_bytes: Callable[[int], None]) -> dict[str, Any]:
     return {**status, "sha256": digest.hexdigest()}
 
 
-def describe(source: Source, prints: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def fingerprint_loras(source: Source, known: Sequence[Any]) -> list[dict[str, Any]]:
+    """What the manifest says of each LoRA: file, scale, SHA-256 and file status.
+
+    Args:
+        source: what `find_source` returned.
+        known: what an earlier build said, trusted where the file status is the same.
+    """
+    described = []
+    for lora in source.loras:
+        status = _status_of(lora.path)
+        entries = (entry for entry in known if isinstance(entry, Mapping))
+        same = (
+            entry
+            for entry in entries
+            if isinstance(entry.get("sha256"), str)
+            and all(entry.get(key) == value for key, value in status.items())
+        )
+        printed = next(same, None) or _hash_stably(lora.path, lambda count: None)
+        described.append(
+            {
+                **status,
+                "file": os.path.abspath(lora.path),
+                "sha256": printed["sha256"],
+                "scale": lora.scale,
+            }
+        )
+    return described
+
+
+def describe(
+    source: Source,
+    prints: Mapping[str, Mapping[str, Any]],
+    loras: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
     """The manifest's `source`."""
     return {
         "kind": source.kind,
         "location": source.location,
         "revision": source.revision,
         "seed": source.seed,
+        "variant": source.variant,
+        "loras": [dict(lora) for lora in loras],
         "files": {name: dict(entry) for name, entry in prints.items()},
     }
 
 
-def weights_identity(source: Source, prints: Mapping[str, Mapping[str, Any]]) -> Any:
+def weights_identity(
+    source: Source,
+    prints: Mapping[str, Mapping[str, Any]],
+    loras: Sequence[Mapping[str, Any]] = (),
+) -> Any:
     """What of the weights enters the identity: their content, wherever it lies."""
+    content: dict[str, Any] = {name: entry["sha256"] for name, entry in prints.items()}
     if source.kind == "random":
-        return {"seed": source.seed}
-    return {name: entry["sha256"] for name, entry in prints.items()}
+        content = {"seed": source.seed}
+    if loras:
+        content = {"base": content, "loras": [[lora["sha256"], lora["scale"]] for lora in loras]}
+    return content

@@ -49,11 +49,14 @@ def is_hub_id(source: str) -> bool:
     return _HUB_ID.fullmatch(source) is not None
 
 
-def find_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
+def find_checkpoint(
+    folder: str | os.PathLike[str], variant: str | None = None
+) -> Checkpoint:
     """Find a transformer's configuration and weights in a folder; reads no weights.
 
     Args:
         folder: a whole pipeline (with `transformer/`) or a transformer.
+        variant: of the files, as "fp16" in diffusion_pytorch_model.fp16.safetensors.
 
     Raises:
         CheckpointError: something is missing; names it.
@@ -72,7 +75,7 @@ def find_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
             "pipeline with transformer/, or the transformer's own folder"
         )
     config = _read_json(path / "config.json")
-    return Checkpoint(folder=path, config=config, weights=_weight_files(path))
+    return Checkpoint(folder=path, config=config, weights=_weight_files(path, variant))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -87,16 +90,25 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _weight_files(folder: Path) -> tuple[str, ...]:
-    if (folder / INDEX_NAME).is_file():
-        weight_map = _read_json(folder / INDEX_NAME).get("weight_map")
+def _names_of(variant: str | None) -> tuple[str, str]:
+    """Names of the one weight file, and of the index of several, as diffusers writes them."""
+    if variant is None:
+        return WEIGHTS_NAME, INDEX_NAME
+    stem = WEIGHTS_NAME.removesuffix(".safetensors")
+    return f"{stem}.{variant}.safetensors", f"{WEIGHTS_NAME}.index.{variant}.json"
+
+
+def _weight_files(folder: Path, variant: str | None) -> tuple[str, ...]:
+    weights_name, index_name = _names_of(variant)
+    if (folder / index_name).is_file():
+        weight_map = _read_json(folder / index_name).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{folder / INDEX_NAME} has no weight_map")
+            raise CheckpointError(f"{folder / index_name} has no weight_map")
         names = sorted({str(name) for name in weight_map.values()})
         for name in names:
             if Path(name).name != name or not name.endswith(".safetensors"):
                 raise CheckpointError(
-                    f"{folder / INDEX_NAME} names the shard {name!r}; only .safetensors files in "
+                    f"{folder / index_name} names the shard {name!r}; only .safetensors files in "
                     "the same folder are read"
                 )
             if not (folder / name).is_file():
@@ -107,8 +119,8 @@ def _weight_files(folder: Path) -> tuple[str, ...]:
                     "it again"
                 )
         return tuple(names)
-    if (folder / WEIGHTS_NAME).is_file():
-        return (WEIGHTS_NAME,)
+    if (folder / weights_name).is_file():
+        return (weights_name,)
     found = sorted(path.name for path in folder.iterdir() if path.is_file())
     pickles = [name for name in found if name.endswith(_PICKLES)]
     if pickles:
@@ -119,17 +131,37 @@ def _weight_files(folder: Path) -> tuple[str, ...]:
         )
     others = [name for name in found if name.endswith(".safetensors")]
     hint = f"; found {', '.join(others[:3])}, which has another name" if others else ""
+    there = _variants_in(found)
+    if there - {variant}:
+        names = " or ".join(
+            "none" if name is None else f"--variant {name}" for name in sorted(there, key=str)
+        )
+        hint = f"; it has other variants: give {names}"
     raise CheckpointError(
-        f"checkpoint {folder} has no weights: neither {WEIGHTS_NAME} nor {INDEX_NAME}{hint}"
+        f"checkpoint {folder} has no weights: neither {weights_name} nor {index_name}{hint}"
     )
 
 
-def fetch_checkpoint(hub_id: str, revision: str | None = None) -> tuple[Checkpoint, str]:
+def _variants_in(names: list[str]) -> set[str | None]:
+    """Variants whose files are there; none for files without one."""
+    stem = re.escape(WEIGHTS_NAME.removesuffix(".safetensors"))
+    patterns = (
+        rf"{stem}(?:\.(?P<variant>[\w-]+?))?(?:-\d+-of-\d+)?\.safetensors",
+        rf"{stem}\.safetensors\.index(?:\.(?P<variant>[\w-]+))?\.json",
+    )
+    matches = (re.fullmatch(pattern, name) for name in names for pattern in patterns)
+    return {match["variant"] for match in matches if match is not None}
+
+
+def fetch_checkpoint(
+    hub_id: str, revision: str | None = None, variant: str | None = None
+) -> tuple[Checkpoint, str]:
     """A transformer from the hub: what the local cache has is used, the rest is downloaded.
 
     Args:
         hub_id: "owner/name".
         revision: branch, tag or commit; none means the newest that the cache or the hub has.
+        variant: of the files, see `find_checkpoint`.
 
     Returns:
         the checkpoint and its commit.
@@ -140,22 +172,27 @@ def fetch_checkpoint(hub_id: str, revision: str | None = None) -> tuple[Checkpoi
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    wanted = ["transformer/config.json", "transformer/*.safetensors", f"transformer/{INDEX_NAME}"]
+    infix = "" if variant is None else f".{variant}"
+    wanted = [
+        "transformer/config.json",
+        f"transformer/*{infix}*.safetensors",
+        f"transformer/{_names_of(variant)[1]}",
+    ]
     try:
         folder = snapshot_download(
             hub_id, revision=revision, allow_patterns=wanted, local_files_only=True
         )
-        return find_checkpoint(Path(folder) / "transformer"), Path(folder).name
+        return find_checkpoint(Path(folder) / "transformer", variant), Path(folder).name
     except (LocalEntryNotFoundError, CheckpointError) as error:
         logger.info("%s is not complete in the cache: %s", hub_id, error)
     try:
         folder = snapshot_download(hub_id, revision=revision, allow_patterns=wanted)
     except Exception as error:
-        raise CheckpointError(_hub_failure(hub_id, revision, error)) from error
-    return find_checkpoint(Path(folder) / "transformer"), Path(folder).name
+        raise CheckpointError(hub_failure(hub_id, revision, error)) from error
+    return find_checkpoint(Path(folder) / "transformer", variant), Path(folder).name
 
 
-def _hub_failure(hub_id: str, revision: str | None, error: Exception) -> str:
+def hub_failure(hub_id: str, revision: str | None, error: Exception) -> str:
     from huggingface_hub import errors
 
     instead = "or pass a downloaded copy: --weights <folder>"

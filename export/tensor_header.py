@@ -120,6 +120,13 @@ def compare_tensors(
     """
     missing = sorted(set(expected) - set(found))
     unexpected = sorted(set(found) - set(expected))
+    adapters = [name for name in unexpected if ".base_layer." in name or ".lora_" in name]
+    if adapters:
+        raise CheckpointError(
+            f"checkpoint {where} was saved with an adapter in it ({adapters[0]}"
+            f"{_and_more(adapters)}): after pipe.fuse_lora(), call pipe.unload_lora_weights() and "
+            "save it again; or save it without the LoRA and build with --lora FILE"
+        )
     if missing:
         near = difflib.get_close_matches(missing[0], unexpected, n=1)
         hint = f" It has {near[0]}, which the model does not." if near else ""

@@ -102,6 +102,7 @@ def load_transformer(
     seed: int = 0,
     config: Mapping[str, Any] | None = None,
     on_bytes: Callable[[int, int], None] | None = None,
+    change: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
 ) -> nn.Module:
     """A family's transformer in evaluation mode, from a folder, the hub, or random.
 
@@ -113,6 +114,7 @@ def load_transformer(
         seed: for random weights.
         config: for random weights, differences from the family's configuration.
         on_bytes: told the bytes loaded so far and the bytes in all.
+        change: what becomes of a weight, given its name, before it is cast; for checkpoints.
 
     Raises:
         CheckpointError: the checkpoint is missing or does not match; names the tensor or file.
@@ -128,7 +130,13 @@ def load_transformer(
             source, _ = fetch_checkpoint(text, revision)
         else:
             source = find_checkpoint(text)
-    return _load_checkpoint(family, source, dtype, on_bytes or (lambda done, total: None))
+    return _load_checkpoint(
+        family,
+        source,
+        dtype,
+        on_bytes or (lambda done, total: None),
+        change or (lambda name, weight: weight),
+    )
 
 
 def _load_checkpoint(
@@ -136,6 +144,7 @@ def _load_checkpoint(
     checkpoint: Checkpoint,
     dtype: torch.dtype,
     on_bytes: Callable[[int, int], None],
+    change: Callable[[str, torch.Tensor], torch.Tensor],
 ) -> nn.Module:
     from safetensors import SafetensorError, safe_open
 
@@ -152,7 +161,8 @@ def _load_checkpoint(
         try:
             with safe_open(checkpoint.folder / name, framework="pt", device="cpu") as file:
                 for tensor_name in header:
-                    _place(model, tensor_name, file.get_tensor(tensor_name).to(dtype))
+                    value = change(tensor_name, file.get_tensor(tensor_name))
+                    _place(model, tensor_name, value.to(dtype))
                     done += header[tensor_name].num_bytes
                     on_bytes(done, total)
         except SafetensorError as error:

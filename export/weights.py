@@ -50,10 +50,12 @@ class WeightIndex:
     Attributes:
         folder: holds the files; none if there are none (`index_placeholder`).
         tensors: by the names of diffusers' state dict.
+        own_files: names of files that lie in the set already, as those of merged weights.
     """
 
     folder: Path | None
     tensors: Mapping[str, LinkedTensor]
+    own_files: frozenset[str] = frozenset()
 
     @property
     def is_placeholder(self) -> bool:
@@ -62,8 +64,9 @@ class WeightIndex:
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Names of the files, in order."""
-        return tuple(sorted({tensor.file for tensor in self.tensors.values()}))
+        """Names of the files, in order; without those that the set has of its own."""
+        names = {tensor.file for tensor in self.tensors.values()}
+        return tuple(sorted(names - self.own_files))
 
 
 def index_weights(checkpoint: Checkpoint) -> WeightIndex:
@@ -140,6 +143,8 @@ def link_weights(files: Iterable[str], weights: WeightIndex, folder: Path) -> No
     """
     assert weights.folder is not None
     for name in files:
+        if name in weights.own_files:
+            continue
         # Files of the hub's cache are symbolic links; runtimes accept plain files only.
         source, target = Path(os.path.realpath(weights.folder / name)), folder / name
         if target.exists() and _is_same(source, target):

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-import inspect
 import os
+from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ditrim.engines.load import load_engines
 from ditrim.plugins.errors import UsageError
+from ditrim.runtime.denoiser import Denoiser
+from ditrim.runtime.fit import check_pipeline, check_transformer, dtype_of
 from ditrim.runtime.policy import Policy
 from ditrim.runtime.report import RunReport
 from ditrim.runtime.step_cache import Cache
 from ditrim.runtime.topi import ToPi
-from ditrim.runtime.transformer import EngineTransformer
+from ditrim.runtime.transformer import EngineTransformer, OpenRequest, engine_transformer
+from ditrim.runtime.watched_scheduler import check_scheduler, watch_scheduler
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ditrim.engines.backend import Engines
     from ditrim.engines.engine_set import EngineSet
-
-# Configuration that may differ between two checkpoints of the same transformer.
-_IRRELEVANT = {"pooled_projection_dim"}
-_PIPELINES = {"QwenImageEditPipeline", "QwenImageEditPlusPipeline", "FluxKontextPipeline"}
 
 
 class Attachment:
@@ -34,32 +34,48 @@ class Attachment:
         self.pipe = pipe
         self.transformer = transformer
         self._original = pipe.transformer
-        self._original_entry = pipe.config.get("transformer")
-        self._scheduler = pipe.scheduler
+        self._original_class = type(pipe)
+        config = getattr(pipe, "config", {})
+        self._original_entry = config.get("transformer")
         self._is_attached = True
+        try:
+            pipe.__class__ = _attached_class(self._original_class)
+        except TypeError as error:
+            raise UsageError(
+                f"{self._original_class.__name__} cannot be attached to: instances of its class "
+                f"cannot be changed ({error})"
+            ) from error
         pipe.transformer = transformer
-        # diffusers would write a pipeline without a transformer, and only warn.
-        self._can_save = hasattr(pipe, "save_pretrained")
-        if self._can_save:
-            pipe.save_pretrained = _refuse_to_save
-        _watch(self._scheduler, transformer)
 
     @property
     def report(self) -> RunReport:
-        """What the current or last request did."""
+        """What the current or last request of this thread did."""
         return self.transformer.report
 
+    def request(self) -> AbstractContextManager[OpenRequest]:
+        """Open a request for a loop of your own over `pipe.transformer` and `pipe.scheduler`.
+
+        A pipeline's call opens its own. Inside the block, `pipe.scheduler` tells the policy of its
+        steps.
+        """
+        return self.transformer.open_request()
+
     def detach(self) -> None:
-        """Restore the pipeline exactly; a second call does nothing."""
+        """Restore the pipeline exactly; a second call does nothing.
+
+        Copies of the pipeline that were made while attached keep the engines.
+        """
         if not self._is_attached:
             return
         self._is_attached = False
-        self.pipe.transformer = self._original
-        if self._can_save:
-            del self.pipe.save_pretrained
+        pipe = self.pipe
+        pipe.transformer = self._original
+        pipe.__class__ = self._original_class
         if self._original_entry is not None:
-            self.pipe.register_to_config(transformer=self._original_entry)
-        _unwatch(self._scheduler, self.transformer)
+            pipe.register_to_config(transformer=self._original_entry)
+        # diffusers renews its hooks after each call, and then hooked the stand-in.
+        if getattr(pipe, "_all_hooks", None) and hasattr(self.transformer, "_hf_hook"):
+            pipe.enable_model_cpu_offload(device=pipe._offload_device)
 
     def __enter__(self) -> Attachment:
         return self
@@ -73,80 +89,73 @@ class Attachment:
         self.detach()
 
 
-def _refuse_to_save(*_: Any, **__: Any) -> None:
-    raise UsageError(
-        "an engine set stands in for this pipeline's transformer and cannot be saved with it; "
-        "detach it first (leave the `with` block, or call detach())"
-    )
+@functools.cache
+def _attached_class(base: type[Any]) -> type[Any]:
+    """A pipeline's class whose calls are requests of the engine set that is attached.
 
+    Everything hangs on the instance, so a light copy of the pipeline with a scheduler of its own
+    (`copy.copy`) serves another thread.
+    """
 
-# Every pipeline sets the timesteps once a request and steps once a step: there a new request and
-# the end of a step are noticed.
-_WATCHED = ("set_timesteps", "step")
+    def opened(pipe: Any) -> OpenRequest | None:
+        transformer = vars(pipe).get("transformer")
+        is_ours = isinstance(transformer, EngineTransformer)
+        return transformer.opened_request() if is_ours else None  # type: ignore[union-attr]
 
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        transformer = vars(self).get("transformer")
+        if not isinstance(transformer, EngineTransformer):
+            return base.__call__(self, *args, **kwargs)
+        if transformer.acts_on_steps:
+            check_scheduler(vars(self)["scheduler"], transformer.denoiser.policy)
+        with transformer.open_request():
+            return base.__call__(self, *args, **kwargs)
 
-def _watch(scheduler: Any, transformer: EngineTransformer) -> None:
-    """Let a transformer notice what a scheduler does; pipelines may share the scheduler."""
-    watchers = getattr(scheduler.__dict__.get("set_timesteps"), "watchers", None)
-    if watchers is not None:
-        watchers.append(transformer)
-        return
-    watchers = [transformer]
-    for name in _WATCHED:
-        setattr(scheduler, name, _watched(scheduler, name, watchers))
+    def scheduler(self: Any) -> Any:
+        plain, request = vars(self)["scheduler"], opened(self)
+        return plain if request is None else watch_scheduler(plain, request)
 
+    def set_scheduler(self: Any, value: Any) -> None:
+        vars(self)["scheduler"] = value
 
-def _watched(scheduler: Any, name: str, watchers: list[EngineTransformer]) -> Any:
-    method = getattr(scheduler, name)
+    def refuse_to_save(self: Any, *_: Any, **__: Any) -> NoReturn:
+        raise UsageError(
+            "an engine set stands in for this pipeline's transformer and cannot be saved with it; "
+            "detach it first (leave the `with` block, or call detach())"
+        )
 
-    @functools.wraps(method)  # pipelines look at its signature
-    def set_timesteps(*args: Any, **kwargs: Any) -> Any:
-        result = method(*args, **kwargs)
-        # Every pipeline served here divides them by 1000.
-        times = (scheduler.timesteps.float() / 1000).tolist()
-        for transformer in watchers:
-            transformer.start_request()
-            transformer.expect_times(times)
-        return result
+    def refuse_to_pickle(self: Any, protocol: Any) -> NoReturn:
+        raise UsageError(
+            "an engine set is attached to this pipeline, which cannot be pickled: detach it, and "
+            "attach the engine set's folder in the other process"
+        )
 
-    @functools.wraps(method)
-    def step(*args: Any, **kwargs: Any) -> Any:
-        result = method(*args, **kwargs)
-        for transformer in watchers:
-            if transformer.acts_on_steps and transformer.is_in_step:
-                given = inspect.signature(method).bind(*args, **kwargs).arguments
-                index = scheduler.step_index
-                changed = transformer.finish_step(
-                    given["sample"],
-                    given["model_output"],
-                    float(scheduler.sigmas[index - 1]),
-                    float(scheduler.sigmas[index]),
-                )
-                if changed is not None:
-                    result = _with_latents(result, changed)
-            transformer.end_step()
-        return result
+    def shallow(self: Any) -> Any:
+        other = base.__new__(type(self))
+        vars(other).update(vars(self))
+        return other
 
-    call = set_timesteps if name == "set_timesteps" else step
-    call.watchers = watchers  # type: ignore[attr-defined]
-    return call
+    def deep(self: Any, memo: dict[int, Any]) -> Any:
+        other = base.__new__(type(self))
+        memo[id(self)] = other
+        vars(other).update(copy.deepcopy(vars(self), memo))
+        return other
 
-
-def _with_latents(result: Any, latents: Tensor) -> Any:
-    """A scheduler's result, a tuple or an output object, with other latents."""
-    if isinstance(result, tuple):
-        return (latents.to(result[0].dtype), *result[1:])
-    result.prev_sample = latents.to(result.prev_sample.dtype)
-    return result
-
-
-def _unwatch(scheduler: Any, transformer: EngineTransformer) -> None:
-    """Take one transformer off; the last one restores the scheduler's own methods."""
-    watchers = scheduler.__dict__["set_timesteps"].watchers
-    watchers.remove(transformer)
-    if not watchers:
-        for name in _WATCHED:
-            delattr(scheduler, name)
+    members: dict[str, Any] = {
+        "__doc__": base.__doc__,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__call__": functools.wraps(base.__call__)(call),
+        "__copy__": shallow,
+        "__deepcopy__": deep,
+        "__reduce_ex__": refuse_to_pickle,
+        "scheduler": property(scheduler, set_scheduler),
+    }
+    # diffusers would write a pipeline without a transformer, and only warn.
+    members |= {
+        name: refuse_to_save for name in ("save_pretrained", "push_to_hub") if hasattr(base, name)
+    }
+    return type(base.__name__, (base,), members)
 
 
 def attach(
@@ -159,23 +168,27 @@ def attach(
     device: str = "auto",
     threads: int = 0,
     timing: bool = False,
+    check_weights: bool = True,
 ) -> Attachment:
     """Replace a pipeline's transformer by engines.
 
     Args:
-        pipe: `QwenImageEditPipeline`, `QwenImageEditPlusPipeline`, `FluxKontextPipeline`, the small
-            editor's pipeline, or one shaped like them. Its transformer may be None.
+        pipe: `QwenImageEditPipeline`, `QwenImageEditPlusPipeline`, `FluxKontextPipeline`, their
+            inpainting pipelines, the small editor's pipeline, or one shaped like them. Its
+            transformer may be None.
         engines: a folder, a loaded `EngineSet`, or what `load_engines` returned (to share).
         policy: defaults to `ToPi()`.
         device, threads: see `load_engines`; used only where `engines` is not loaded yet.
         cache, region, timing: see `Denoiser`.
+        check_weights: compare samples of every weight of the pipeline's transformer with those that
+            the engine set was built from; false attaches whatever they are.
 
     Returns:
         an `Attachment`, also a context manager.
 
     Raises:
-        UsageError: the pipeline has another kind of transformer, or one configured differently, or
-            a scheduler that the policy cannot work with.
+        UsageError: the pipeline has another kind of transformer, one configured differently, with
+            other weights, adapters or caches, or a scheduler that the policy cannot work with.
         EngineSetError: see `load_engines`.
     """
     if not hasattr(pipe, "transformer") or not hasattr(pipe, "scheduler"):
@@ -185,26 +198,24 @@ def attach(
         )
     if isinstance(pipe.transformer, EngineTransformer):
         raise UsageError("an engine set is attached to this pipeline already; detach it first")
-    if any(name in vars(pipe.scheduler) for name in _WATCHED) and not hasattr(
-        vars(pipe.scheduler).get("set_timesteps"), "watchers"
-    ):
-        raise UsageError("the pipeline's scheduler has replaced methods; attach to a plain one")
     loaded: Any = engines
     if not hasattr(engines, "run"):
         loaded = load_engines(engines, device=device, threads=threads)
-    _check_pipeline(pipe, loaded)
+    check_pipeline(pipe, loaded.engine_set)
+    dtype = None
     if pipe.transformer is not None:
-        _check_fit(pipe.transformer, loaded)
-    transformer = EngineTransformer(
+        check_transformer(pipe.transformer, loaded.engine_set, check_weights=check_weights)
+        dtype = dtype_of(pipe.transformer)
+    denoiser = Denoiser(
         loaded,
         policy if policy is not None else ToPi(),
         cache=cache,
         region=region,
         timing=timing,
     )
-    if transformer.acts_on_steps:
-        _check_scheduler(pipe.scheduler, policy)
-    return Attachment(pipe, transformer)
+    if denoiser.acts_on_steps:
+        check_scheduler(pipe.scheduler, denoiser.policy)
+    return Attachment(pipe, engine_transformer(denoiser, dtype))
 
 
 def detach(pipe: Any, attachment: Attachment) -> None:
@@ -216,51 +227,3 @@ def detach(pipe: Any, attachment: Attachment) -> None:
     if attachment.pipe is not pipe:
         raise UsageError("this attachment belongs to another pipeline")
     attachment.detach()
-
-
-def _check_pipeline(pipe: Any, engines: Engines) -> None:
-    """Models of one configuration but of other pipelines have other weights."""
-    expected = engines.engine_set.manifest.pipeline_class
-    names = {base.__name__ for base in type(pipe).__mro__}
-    if names & _PIPELINES and expected not in names:
-        raise UsageError(
-            f"the pipeline is a {type(pipe).__name__}, the engine set holds a model for "
-            f"{expected}; build one for this pipeline with build-engine --model"
-        )
-
-
-def _check_fit(transformer: Any, engines: Engines) -> None:
-    """An engine set of another model must not run in silence."""
-    manifest = engines.engine_set.manifest
-    names = [base.__name__ for base in type(transformer).__mro__]
-    if manifest.transformer_class not in names:
-        raise UsageError(
-            f"the pipeline's transformer is a {names[0]}, the engine set holds a "
-            f"{manifest.transformer_class}"
-        )
-    for key, built in manifest.transformer_config.items():
-        if key.startswith("_") or key in _IRRELEVANT or key not in transformer.config:
-            continue
-        given = transformer.config[key]
-        if _plain(given) != _plain(built):
-            raise UsageError(
-                f"the pipeline's transformer has {key} = {given!r}, the engine set was built with "
-                f"{built!r}; build one from these weights with: "
-                f"{engines.engine_set.rebuild_command()}"
-            )
-
-
-def _check_scheduler(scheduler: Any, policy: Policy | None) -> None:
-    """A policy that acts on steps knows Euler's step of the flow, and no other."""
-    names = [base.__name__ for base in type(scheduler).__mro__]
-    is_stochastic = bool(getattr(scheduler.config, "stochastic_sampling", False))
-    if "FlowMatchEulerDiscreteScheduler" not in names or is_stochastic:
-        raise UsageError(
-            f"{type(policy).__name__} acts on the scheduler's steps and works with a "
-            "FlowMatchEulerDiscreteScheduler without stochastic_sampling; the pipeline has a "
-            f"{names[0]}{' with it' if is_stochastic else ''}"
-        )
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, (list, tuple)) else value

@@ -34,6 +34,7 @@ from ditrim.runtime.policy import (
     check_share,
 )
 from ditrim.runtime.quality import METHODS, Outlook, QualityModel, load_quality
+from ditrim.runtime.schedule import USUAL_INTERVAL
 from ditrim.runtime.tokendrop import TokenDrop, TokenDropReducer
 from ditrim.runtime.topi import CoverageToPi
 
@@ -99,7 +100,7 @@ class Auto:
         min_psnr: the floor as predicted PSNR in dB against the full context, in place of it.
         predictor: file of `calibrate-auto`, which `min_psnr` needs.
         look: steps before the choice.
-        interval: steps between anchors where coverage is chosen.
+        interval: steps between anchors where coverage is chosen; see `ToPi`.
         min_gain: share of the remaining work that must be saved, or the full context is run.
         only: leave the other of the two out of the choice.
         front_share: FRONT's share of the blocks; 10 of 60 or 57 in the paper's split.
@@ -110,7 +111,7 @@ class Auto:
     min_psnr: float | None = None
     predictor: str | None = None
     look: int = 2
-    interval: int = 10
+    interval: int | None = None
     min_gain: float = 0.05
     only: Literal["coverage", "tokendrop"] | None = None
     front_share: float = 1 / 6
@@ -125,7 +126,8 @@ class Auto:
         if self.only not in (None, *METHODS):
             raise UsageError(f"only must be one of {', '.join(METHODS)}, got {self.only!r}")
         check_count("look", self.look)
-        check_count("interval", self.interval)
+        if self.interval is not None:
+            check_count("interval", self.interval)
         quality = None
         if self.min_psnr is not None:
             is_number = isinstance(self.min_psnr, (int, float)) and not isinstance(
@@ -148,7 +150,7 @@ class Auto:
         """What `min_psnr` is predicted with."""
         return self._quality
 
-    def begin(self) -> Reducer:
+    def begin(self, num_steps: int | None = None) -> Reducer:
         """See `Policy.begin`."""
         inner = {name: getattr(self.coverage, name) for name in ("exponent", "floor", "min_share")}
         coverage = FlooredCoverage(
@@ -159,9 +161,9 @@ class Auto:
             min_psnr=self.min_psnr,
             quality=self._quality,
         )
-        drop = replace(self.tokendrop, full_steps=self.look).begin()
+        drop = replace(self.tokendrop, full_steps=self.look).begin(num_steps)
         assert isinstance(drop, TokenDropReducer)
-        return AutoReducer(policy=self, coverage=coverage, drop=drop)
+        return AutoReducer(policy=self, coverage=coverage.begin(num_steps), drop=drop)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -215,7 +217,8 @@ class AutoReducer(PlainReducer):
             )
             if self.coverage_outlook is None or outlook.ratio > self.coverage_outlook.ratio:
                 self.coverage_outlook = outlook
-            self.facts["influence_concentration"] = round(concentration(call.influence), 4)
+            share = round(concentration(call.influence), 4)
+            self.facts = {**self.facts, "influence_concentration": share}
         return found
 
     def finish_step(self, step: StepView) -> StepOutcome:
@@ -254,7 +257,8 @@ class AutoReducer(PlainReducer):
         if seen is not None:
             back = work(seen.ratio)
             share = policy.front_share + (1 - policy.front_share) * back
-            cost = 1 / policy.interval + (1 - 1 / policy.interval) * share
+            anchors = 1 / (policy.interval or USUAL_INTERVAL)
+            cost = anchors + (1 - anchors) * share
             candidates.append(self._candidate("coverage", seen, cost))
         drop = self._drop_outlook(step, outcome)
         if isinstance(drop, str):
@@ -283,7 +287,13 @@ class AutoReducer(PlainReducer):
         self.chosen = {"coverage": self.coverage, "tokendrop": self.drop, "full": FullContext()}[
             name
         ]
-        self.facts |= {"chosen": name, "why": why, "at_step": step.step, "candidates": candidates}
+        self.facts = {
+            **self.facts,
+            "chosen": name,
+            "why": why,
+            "at_step": step.step,
+            "candidates": candidates,
+        }
 
     def _drop_outlook(self, step: StepView, outcome: StepOutcome) -> Outlook | str:
         """What TokenDrop would keep, or why it will not do."""

@@ -5,7 +5,7 @@ ToFu, which ToPi and IBTM also compare with, is not here: neither paper gives it
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from ditrim.plugins.errors import UsageError
@@ -49,9 +49,11 @@ class RandomDrop(PlainReducer):
                 "one with mode='prune'"
             )
 
-    def begin(self) -> Reducer:
+    def begin(self, num_steps: int | None = None) -> Reducer:
         """See `Policy.begin`."""
-        return self
+        policy = self.policy.begin(num_steps)
+        assert isinstance(policy, ToPi)
+        return replace(self, policy=policy)
 
     @property
     def score_every(self) -> int:
@@ -115,7 +117,7 @@ class _MergeAlways(PlainReducer):
         if self.interval is not None:
             check_count("interval", self.interval)
 
-    def begin(self) -> Reducer:
+    def begin(self, num_steps: int | None = None) -> Reducer:
         """See `Policy.begin`."""
         return self
 

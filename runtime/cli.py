@@ -308,7 +308,6 @@ def _run(
     from ditrim.runtime.attachment import attach
     from ditrim.runtime.edit_results import EditRun
     from ditrim.runtime.pipelines import (
-        GridRecorder,
         default_steps,
         describe_references,
         run_edit,
@@ -324,7 +323,6 @@ def _run(
         region=reducing.region,
         timing=is_timed,
     ) as attachment:
-        recorder = GridRecorder(attachment.transformer)
         with steps_shown(terminal, f"denoising, {title}", steps) as advance:
 
             def on_step(done: int, total: int) -> None:
@@ -337,12 +335,13 @@ def _run(
             start = time.perf_counter()
             image = run_edit(pipe, request, on_step)
             seconds = time.perf_counter() - start
-        seen = seen_references(pipe, request.images, recorder.grids)
+        grids = (attachment.report.grids or ())[1:]
+        seen = seen_references(pipe, request.images, grids)
         return EditRun(
             image=image.convert("RGB"),
             report=attachment.report,
             seen=seen,
-            grids=recorder.grids,
+            grids=grids,
             geometry=describe_references(pipe, seen, image),
             seconds=seconds,
         )

@@ -182,13 +182,12 @@ class Comparison:
         self, contender: Contender, request: EditRequest, edit: ComparedEdit
     ) -> FinishedRun:
         from ditrim.runtime.attachment import attach
-        from ditrim.runtime.pipelines import GridRecorder, run_edit
+        from ditrim.runtime.pipelines import run_edit
 
         try:
             with attach(
                 self.pipe, self.engines, contender.policy, cache=contender.cache, timing=True
             ) as attachment:
-                recorder = GridRecorder(attachment.transformer)
                 start = time.perf_counter()
                 image = run_edit(self.pipe, request, lambda done, total: self.on_step())
                 seconds = time.perf_counter() - start
@@ -199,7 +198,7 @@ class Comparison:
             image=image.convert("RGB"),
             report=attachment.report,
             seconds=seconds,
-            grids=recorder.grids,
+            grids=(attachment.report.grids or ())[1:],
         )
 
     def _keep(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +19,8 @@ from ditrim.runtime.policy import Reduction
 from ditrim.runtime.rope import RopeTables
 
 _CACHED_TABLES = 4
+RopeRows = tuple[Tensor, Tensor]  # cosines and sines, (B, K', D/2) each
+_T = TypeVar("_T")
 
 
 @dataclass(slots=True)
@@ -57,23 +61,42 @@ class FrontResult:
 
 @dataclass(frozen=True, slots=True)
 class BackResult:
-    """BACK's outputs; `scores` are the layers' own, where the engine set tells them."""
+    """BACK's outputs; `scores` are the layers' own, none where the engine set has none."""
 
     velocity: Tensor
     influence: Tensor
-    scores: Tensor
+    scores: Tensor | None
     lengths: tuple[int, int]  # noisy and reference tokens that it ran on
 
 
+class _LastUsed(Generic[_T]):
+    """What was made for the last few keys; threads may share it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._values: OrderedDict[Hashable, _T] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], _T]) -> _T:
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+                return self._values[key]
+        value = make()
+        with self._lock:
+            self._values[key] = value
+            while len(self._values) > _CACHED_TABLES:
+                self._values.popitem(last=False)
+        return value
+
+
 class EngineCalls:
-    """Calls loaded engines; remembers position tables from step to step."""
+    """Calls loaded engines; remembers position tables by their geometry. Threads may share it."""
 
     def __init__(self, engines: Engines) -> None:
         """Take engines from `load_engines`."""
         self.engines = engines
-        self._tables: OrderedDict[tuple[object, ...], RopeTables] = OrderedDict()
-        self._expanded: OrderedDict[tuple[object, ...], tuple[Tensor, Tensor]] = OrderedDict()
-        self._gathered: tuple[Tensor, RopeTables, tuple[Tensor, Tensor]] | None = None
+        self._tables: _LastUsed[RopeTables] = _LastUsed()
+        self._expanded: _LastUsed[RopeRows] = _LastUsed()
         manifest = engines.engine_set.manifest
         back = manifest.graphs["back"]
         self._width = _last_axis(back.inputs, "noisy")
@@ -102,7 +125,7 @@ class EngineCalls:
         if early is not None:
             early = early if text_rows is None else early[rows]
             reference = gather_rows(reference, early)
-            reference_rope = self._rope_at(tables, early)
+            reference_rope = self.rope_rows(tables, early)
         else:
             reference_rope = self._expanded_rope(inputs.rope_key, tables, batch)
         num_reference = reference.shape[1]
@@ -156,19 +179,30 @@ class EngineCalls:
         reduction: Reduction | None,
         score_rows: Tensor,
         clock: Clock,
+        *,
+        rope: RopeRows | None = None,
     ) -> BackResult:
-        """BACK on what a reduction leaves of FRONT's outputs."""
-        hidden, rope = dict(front.hidden), dict(front.rope)
+        """BACK on what a reduction leaves of FRONT's outputs.
+
+        Args:
+            front: what `run_front` returned.
+            graph: "back" or "anchor".
+            reduction: none runs on everything.
+            score_rows: (R,) noisy rows that are scored.
+            clock: times the parts.
+            rope: what `rope_rows` returned for the reduction's tokens; none computes it.
+        """
+        hidden, tables = dict(front.hidden), dict(front.rope)
         if reduction is not None and not reduction.before_front and reduction.kept is not None:
             if reduction.merge is not None:
                 hidden["reference"] = reduction.merge.merge(hidden["reference"])
             else:
                 hidden["reference"] = gather_rows(hidden["reference"], reduction.kept)
-            cosines, sines = self._rope_at(front.tables, reduction.kept)
-            rope["reference_rope_cos"], rope["reference_rope_sin"] = cosines, sines
+            rows = self.rope_rows(front.tables, reduction.kept) if rope is None else rope
+            tables["reference_rope_cos"], tables["reference_rope_sin"] = rows
             clock.lap("gather")
         if reduction is None or reduction.noisy_merge is None:
-            return self._call_back(graph, hidden, rope, score_rows, clock)
+            return self._call_back(graph, hidden, tables, score_rows, clock)
         merge = reduction.noisy_merge
         hidden["noisy"] = merge.merge(hidden["noisy"])
         clock.lap("gather")
@@ -179,11 +213,11 @@ class EngineCalls:
             tokens = merge.kept[entry]
             one = {
                 name: tensor[entry : entry + 1].contiguous()
-                for name, tensor in (hidden | _batched(rope)).items()
+                for name, tensor in (hidden | _batched(tables)).items()
             }
             for name, table in zip(("cos", "sin"), front.tables.noisy, strict=True):
                 one[f"noisy_rope_{name}"] = table[tokens]
-                one[f"text_rope_{name}"] = rope[f"text_rope_{name}"]
+                one[f"text_rope_{name}"] = tables[f"text_rope_{name}"]
             parts.append(self._call_back(graph, one, {}, first_rows, clock))
         velocity = unmerge_velocity(
             merge, torch.cat([part.velocity for part in parts]), front.latents, front.timestep
@@ -220,53 +254,36 @@ class EngineCalls:
         return BackResult(
             outputs["velocity"],
             outputs["influence"],
-            outputs.get("layer_scores", outputs["influence"]),
+            outputs.get("layer_scores"),
             (num_noisy, num_kept),
         )
 
     def _empty(self, *shape: int, as_type: torch.dtype | None = None) -> Tensor:
         return torch.empty(shape, dtype=as_type or self.engines.dtype, device=self.engines.device)
 
-    def _rope_at(self, tables: RopeTables, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """Reference tables at (B, K') tokens, (B, K', D/2) each; the last ones are remembered."""
-        if (
-            self._gathered is None
-            or self._gathered[0] is not kept
-            or self._gathered[1] is not tables
-        ):
-            cosines, sines = tables.reference
-            # Indexing with a tensor is far slower than `index_select` on a CPU.
-            flat = kept.flatten()
-            found = (
-                cosines.index_select(0, flat).unflatten(0, kept.shape),
-                sines.index_select(0, flat).unflatten(0, kept.shape),
-            )
-            self._gathered = (kept, tables, found)
-        return self._gathered[2]
+    def rope_rows(self, tables: RopeTables, kept: Tensor) -> RopeRows:
+        """Reference tables at (B, K') tokens, (B, K', D/2) each."""
+        cosines, sines = tables.reference
+        # Indexing with a tensor is far slower than `index_select` on a CPU.
+        flat = kept.flatten()
+        return (
+            cosines.index_select(0, flat).unflatten(0, kept.shape),
+            sines.index_select(0, flat).unflatten(0, kept.shape),
+        )
 
     def _rope(self, inputs: ModelInputs) -> RopeTables:
-        if inputs.rope_key not in self._tables:
-            self._tables[inputs.rope_key] = inputs.make_rope()
-            while len(self._tables) > _CACHED_TABLES:
-                self._tables.popitem(last=False)
-        self._tables.move_to_end(inputs.rope_key)
-        return self._tables[inputs.rope_key]
+        return self._tables.get(inputs.rope_key, inputs.make_rope)
 
-    def _expanded_rope(
-        self, key: tuple[object, ...], tables: RopeTables, batch: int
-    ) -> tuple[Tensor, Tensor]:
+    def _expanded_rope(self, key: tuple[object, ...], tables: RopeTables, batch: int) -> RopeRows:
         """Reference tables repeated for a batch, (B, C, D/2) each."""
-        full_key = (key, batch)
-        if full_key not in self._expanded:
-            cosines, sines = tables.reference
-            self._expanded[full_key] = (
+        cosines, sines = tables.reference
+        return self._expanded.get(
+            (key, batch),
+            lambda: (
                 cosines.expand(batch, -1, -1).contiguous(),
                 sines.expand(batch, -1, -1).contiguous(),
-            )
-            while len(self._expanded) > _CACHED_TABLES:
-                self._expanded.popitem(last=False)
-        self._expanded.move_to_end(full_key)
-        return self._expanded[full_key]
+            ),
+        )
 
 
 def unmerge_velocity(

@@ -96,7 +96,7 @@ class ImportanceMerge:
             raise UsageError(f"metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
         object.__setattr__(self, "schedule", Schedule(interval=self.interval, warmup=self.warmup))
 
-    def begin(self) -> Reducer:
+    def begin(self, num_steps: int | None = None) -> Reducer:
         """See `Policy.begin`."""
         return ImportanceMergeReducer(policy=self)
 

@@ -50,7 +50,11 @@ class ModelInputs:
     make_rope: Callable[[], RopeTables]
 
 
-def equal_text_groups(mask: Tensor | None, batch: int) -> list[tuple[Tensor, Tensor | None]]:
+# Batch entries, and the text tokens that they keep; none means all.
+TextGroup = tuple[Tensor, Tensor | None]
+
+
+def equal_text_groups(mask: Tensor | None, batch: int) -> list[TextGroup]:
     """Batch entries with the same text mask, and the text tokens that each group keeps.
 
     A masked text token is a key for nobody and is not decoded, so removing it is exact.

@@ -321,28 +321,6 @@ def describe_references(pipe: Any, seen: Sequence[Image.Image], result: Image.Im
     return f"{sizes} pixels"
 
 
-class GridRecorder:
-    """Notes the reference grids of the calls that a transformer gets."""
-
-    def __init__(self, transformer: Any) -> None:
-        """Watch `transformer`, an `EngineTransformer`."""
-        self.grids: list[TokenGrid] = []
-        transformer.register_forward_pre_hook(self._note, with_kwargs=True)
-
-    def _note(self, module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.grids:
-            return
-        shapes = kwargs.get("img_shapes")
-        if shapes is not None:
-            self.grids = [(int(h), int(w)) for _, h, w in shapes[0][1:]]
-            return
-        ids = kwargs["img_ids"].reshape(-1, 3)
-        ids = ids[ids[:, 0] != 0]
-        for index in sorted({int(value) for value in ids[:, 0]}):
-            rows = ids[ids[:, 0] == index]
-            self.grids.append((int(rows[:, 1].max()) + 1, int(rows[:, 2].max()) + 1))
-
-
 def silence_libraries() -> None:
     """Their progress bars; the command shows its own."""
     from diffusers.utils import logging as diffusers_logging

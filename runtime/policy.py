@@ -188,7 +188,7 @@ class Reducer(Protocol):
         ...
 
     def regroup(self, call: CallView) -> Reduction | None:
-        """What this reduced step runs on; none means the full context."""
+        """What this reduced step runs on; none means what `call.reduction` says."""
         ...
 
     def finish_step(self, step: StepView) -> StepOutcome:
@@ -203,8 +203,12 @@ class Reducer(Protocol):
 class Policy(Protocol):
     """Which tokens steps run on. Holds nothing of a request and can be shared."""
 
-    def begin(self) -> Reducer:
-        """What works on one request."""
+    def begin(self, num_steps: int | None = None) -> Reducer:
+        """What works on one request.
+
+        Args:
+            num_steps: how many steps it will have; none where nobody knows.
+        """
         ...
 
 
@@ -243,7 +247,7 @@ class PlainReducer:
 
     def regroup(self, call: CallView) -> Reduction | None:
         """See `Reducer.regroup`."""
-        return call.reduction
+        return None
 
     def finish_step(self, step: StepView) -> StepOutcome:
         """See `Reducer.finish_step`."""
@@ -258,7 +262,7 @@ class PlainReducer:
 class FullContext(PlainReducer):
     """No reduction: every step runs on every reference token."""
 
-    def begin(self) -> Reducer:
+    def begin(self, num_steps: int | None = None) -> Reducer:
         """See `Policy.begin`."""
         return self
 

@@ -26,7 +26,7 @@ from ditrim.engines.devices import present_device
 from ditrim.engines.flops import CallSize
 from ditrim.engines.manifest import Manifest
 from ditrim.runtime.denoiser import Denoiser
-from ditrim.runtime.engine_calls import Clock, EngineCalls, FrontResult
+from ditrim.runtime.engine_calls import Clock, EngineCalls, FrontResult, RopeRows
 from ditrim.runtime.event_clock import EventClock
 from ditrim.runtime.machine import begin_peak, peak_bytes
 from ditrim.runtime.model_inputs import ModelInputs
@@ -248,8 +248,7 @@ class _Site:
             if kept < length
         }
         self.reductions[length] = None
-        # One each: it remembers the position rows of the tokens that it kept last.
-        self.backs = {kept: EngineCalls(engines) for kept in self.reductions}
+        self.ropes: dict[int, RopeRows] = {}
         self.policy = ToPi(tau=tau)
         self.influence = torch.rand(
             geometry.batch, length, generator=generator, dtype=torch.float32
@@ -257,7 +256,7 @@ class _Site:
         device = engines.device
         self.one_row = torch.zeros(1, dtype=torch.int64, device=device)
         self.all_rows = torch.arange(self.size.num_noisy, device=device)
-        self.step = Denoiser(engines, FullContext(), timing=meter.is_cuda)
+        self.step = Denoiser(engines, FullContext(), timing=meter.is_cuda).begin()
         self.scheduler = _SchedulerStep(self.inputs.noisy_latents)
 
     def run_round(self, number: int) -> None:
@@ -298,8 +297,13 @@ class _Site:
         return front
 
     def _back(self, front: FrontResult, kept: int) -> None:
+        reduction = self.reductions[kept]
+        if reduction is not None and kept not in self.ropes:
+            assert reduction.kept is not None
+            self.ropes[kept] = self.calls.rope_rows(front.tables, reduction.kept)
+        rope = self.ropes.get(kept)
         clock = self.meter.clock()
-        self.backs[kept].run_back(front, "back", self.reductions[kept], self.one_row, clock)
+        self.calls.run_back(front, "back", reduction, self.one_row, clock, rope=rope)
         _finish(clock)
         is_scored = not self.meter.manifest.target.get("separate_anchor")
         cost = self.meter.cost.back(self._at(kept), num_rows=int(is_scored))
@@ -353,7 +357,9 @@ class _Site:
 
     def _step(self) -> None:
         """A full-context call as the runtime makes it: what it takes besides the two graphs."""
+        self.step.begin_step(0.7)
         self.step.predict("cond", self.inputs)
+        self.step.end_step()
         record = self.step.report.steps.pop()
         length = self.size.num_reference
         cost = self.meter.cost.front(self.size) + self.meter.cost.back(self.size, num_rows=1)

@@ -64,10 +64,13 @@ class RunReport:
     Attributes:
         steps: the calls.
         notes: what the policy has to say of the request.
+        grids: (height, width) in tokens of the noisy picture and of each reference; none before
+            the first call, and where they are no whole grids.
     """
 
     steps: list[StepRecord] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
+    grids: tuple[tuple[int, int], ...] | None = None
 
     def of_role(self, role: str) -> list[StepRecord]:
         """The records of one role."""

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ditrim.engines.load import load_engines
 from ditrim.plugins.errors import UsageError
-from ditrim.runtime.denoiser import Denoiser, DenoiserState
+from ditrim.runtime.denoiser import Denoiser
 from ditrim.runtime.model_inputs import ModelInputs
 from ditrim.runtime.policy import Policy
 from ditrim.runtime.report import RunReport, StepRecord
+from ditrim.runtime.request import RequestState
 from ditrim.runtime.rope import Grid, RopeTables, flux_ids, flux_rope, qwen_rope
 from ditrim.runtime.step_cache import Cache
 from ditrim.runtime.topi import ToPi
@@ -35,12 +36,12 @@ class SessionState:
     Attributes:
         index: steps done.
         latents: (B, G, c) after them.
-        denoiser: kept tokens and step counts of each guidance branch, and the policy's memory.
+        request: kept tokens of each guidance branch, and the policy's memory.
     """
 
     index: int
     latents: Tensor
-    denoiser: DenoiserState
+    request: RequestState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,14 +100,14 @@ class EditSession:
             timing=timing,
         )
         manifest = self._denoiser.engines.engine_set.manifest
-        self._run = 0
+        self._request = self._denoiser.begin()
         self._is_flux = manifest.architecture == "flux"
         self._axes = tuple(manifest.transformer_config["axes_dims_rope"])
 
     @property
     def report(self) -> RunReport:
         """What the current or last run did."""
-        return self._denoiser.report
+        return self._request.report
 
     def denoise(
         self,
@@ -182,8 +183,7 @@ class EditSession:
             if value is not None and not math.isfinite(value):
                 raise UsageError(f"{name} must be finite, got {value}")
         reference = torch.cat(list(references), dim=1)
-        self._denoiser.start_request()
-        self._run += 1
+        request = self._request = self._denoiser.begin(levels[:-1])
         latents, start = noisy.float(), 0
         if resume is not None:
             if not 0 <= resume.index < len(levels) - 1 or resume.latents.shape != noisy.shape:
@@ -193,7 +193,7 @@ class EditSession:
                     f"latents {tuple(noisy.shape)}"
                 )
             latents, start = resume.latents.float(), resume.index
-            self._denoiser.restore(resume.denoiser)
+            request.restore(resume.request)
         return self._steps(
             latents, start, levels, grids, reference, branches, true_cfg_scale, guidance
         )
@@ -209,21 +209,22 @@ class EditSession:
         true_cfg_scale: float,
         guidance: float | None,
     ) -> Iterator[EditStep]:
-        denoiser, run = self._denoiser, self._run
+        request = self._request
         batch = latents.shape[0]
         num_steps = len(levels) - 1
         for index in range(start, num_steps):
-            if run != self._run:
+            if request is not self._request:
                 raise UsageError(
                     "this run was ended by another denoise() of the same session; open a session "
                     "a run (they share loaded engines), or resume from a step's state"
                 )
             sigma, next_sigma = levels[index], levels[index + 1]
-            before = len(denoiser.report.steps)
+            before = len(request.report.steps)
+            request.begin_step(sigma)
             velocities = {}
             for branch, (text, mask, pooled) in branches.items():
                 num_text = text.shape[1]
-                velocities[branch] = denoiser.predict(
+                velocities[branch] = request.predict(
                     branch,
                     ModelInputs(
                         noisy_latents=latents,
@@ -243,7 +244,7 @@ class EditSession:
             if "uncond" in velocities:
                 velocity = self._guided(velocity, velocities["uncond"], true_cfg_scale)
             velocity = velocity.to(latents.device)
-            changed = denoiser.finish_step(latents, velocity, sigma, next_sigma)
+            changed = request.end_step(latents, velocity, sigma, next_sigma)
             latents = latents + (next_sigma - sigma) * velocity if changed is None else changed
             yield EditStep(
                 index=index,
@@ -252,9 +253,9 @@ class EditSession:
                 next_sigma=next_sigma,
                 latents=latents.clone(),  # an observer may write into it
                 velocity=velocity,
-                records=tuple(denoiser.report.steps[before:]),
+                records=tuple(request.report.steps[before:]),
                 state=SessionState(
-                    index=index + 1, latents=latents.clone(), denoiser=denoiser.snapshot()
+                    index=index + 1, latents=latents.clone(), request=request.snapshot()
                 ),
             )
 

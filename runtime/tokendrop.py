@@ -102,7 +102,7 @@ class TokenDrop:
         """The steps with all tokens at the start."""
         return _defaults_of(self.model)[1] if self.full_steps is None else self.full_steps
 
-    def begin(self) -> Reducer:
+    def begin(self, num_steps: int | None = None) -> Reducer:
         """See `Policy.begin`."""
         return TokenDropReducer(policy=self)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -32,13 +33,14 @@ MODES = ("prune", "merge")
 class ToPi(PlainReducer):
     """Token pruning for in-context generation (ToPi, Alg. 1).
 
-    Every `interval`-th step is an anchor: it runs the full context and scores every reference
+    A step every now and then is an anchor: it runs the full context and scores every reference
     token (Eq. 9). The steps between run on the fewest tokens that hold a fraction `tau` of that
     influence (Eq. 10, 11).
 
     Attributes:
         tau: fraction of the influence to keep, in [0, 1]; the paper's 0.85.
-        interval: steps between anchors; the paper's Delta T = 10.
+        interval: steps between anchors, the paper's Delta T. None places them by the number of
+            steps: every tenth as in the paper, or two in less than 20 steps (see `Schedule`).
         warmup: steps at the start that run the full context unscored.
         score_every: score every n-th noisy row; 1 scores all, as the paper does.
         min_kept: keep at least so many tokens.
@@ -59,7 +61,7 @@ class ToPi(PlainReducer):
     """
 
     tau: float = 0.85
-    interval: int = 10
+    interval: int | None = None
     warmup: int = 0
     score_every: int = 1
     min_kept: int = 1
@@ -95,9 +97,14 @@ class ToPi(PlainReducer):
                 )
         object.__setattr__(self, "_schedule", Schedule(interval=self.interval, warmup=self.warmup))
 
-    def begin(self) -> Reducer:
+    def begin(self, num_steps: int | None = None) -> Reducer:
         """See `Policy.begin`."""
-        return self
+        if self.interval is not None or num_steps is None:
+            return self
+        placed = copy.copy(self)
+        schedule = Schedule(warmup=self.warmup, num_steps=num_steps)
+        object.__setattr__(placed, "_schedule", schedule)
+        return placed
 
     @property
     def reads_features(self) -> bool:
@@ -129,7 +136,7 @@ class ToPi(PlainReducer):
     def regroup(self, call: CallView) -> Reduction | None:
         """See `Reducer.regroup`; merges follow the features of the step."""
         if call.reduction is None or call.reduction.kept is None or self.mode == "prune":
-            return call.reduction
+            return None
         kept = call.reduction.kept
         return Reduction(kept=kept, merge=self._merge(kept, call))
 

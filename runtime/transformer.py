@@ -2,24 +2,80 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from ditrim.engines.backend import Engines
 from ditrim.plugins.errors import UsageError
 from ditrim.runtime.denoiser import Denoiser
 from ditrim.runtime.model_inputs import ModelInputs
-from ditrim.runtime.policy import Policy, TokenGrid
+from ditrim.runtime.policy import TokenGrid
 from ditrim.runtime.report import RunReport
+from ditrim.runtime.request import Request
 from ditrim.runtime.rope import Grid, flux_rope, qwen_rope
-from ditrim.runtime.step_cache import Cache
+from ditrim.runtime.unchanged import Unchanged
+
+# What an `EngineTransformer` has in common with diffusers' own transformers. Every other public
+# method of theirs is refused with a sentence, also one that a later release adds.
+_WORKS = {
+    "cache_context",
+    "config",
+    "config_name",
+    "cpu",
+    "cuda",
+    "device",
+    "dtype",
+    "float",
+    "forward",
+    "half",
+    "has_compatibles",
+    "ignore_for_config",
+    "is_cache_enabled",
+    "is_gradient_checkpointing",
+    "num_parameters",
+    "register_to_config",
+    "to",
+    "to_json_string",
+}
+_REFUSED_OF_MODULES = ("compile", "load_state_dict", "state_dict")
+# The first word that a method's name holds tells why, and what to do.
+_REMEDIES = (
+    (
+        ("lora", "adapter"),
+        "its weights were merged when the set was built: detach, and build a set with "
+        "build-engine --lora FILE[:SCALE]",
+    ),
+    (
+        ("cache",),
+        "diffusers' caches look at blocks that an engine does not show: give attach a cache of "
+        "ditrim's (cache=ditrim.StepCache(...))",
+    ),
+    (
+        ("attention", "attn", "qkv", "xformers"),
+        "the engine's attention was chosen when it was built: leave the call out",
+    ),
+    (
+        ("offload", "parallelism"),
+        "an engine places its own weights: leave the call out, or make it before attach",
+    ),
+    (("compile",), "an engine is compiled already: leave the call out"),
+    (("quant", "casting", "layerwise"), "an engine has the precision that it was built with"),
+    (
+        ("save", "push", "state_dict"),
+        "an engine's weights are not in the pipeline: detach first (leave the `with` block, or "
+        "call detach())",
+    ),
+)
+_OTHERWISE = "detach first (leave the `with` block, or call detach())"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,14 +83,12 @@ class _FluxIds:
     """FLUX's ids (picture, row, column), read from the device.
 
     Attributes:
-        given: the pipeline's tensors.
         image, text: (G + C, 3) and (T, 3) float32.
         num_noisy: G.
         key: equal for equal ids.
         grids: see `ModelInputs.grids`.
     """
 
-    given: tuple[Tensor, Tensor]
     image: Tensor
     text: Tensor
     num_noisy: int
@@ -48,7 +102,6 @@ class _FluxIds:
         text = (txt_ids[0] if txt_ids.dim() == 3 else txt_ids).float()
         on_cpu = image.cpu()
         return cls(
-            (img_ids, txt_ids),
             image,
             text,
             int((on_cpu[:, 0] == 0).sum()),
@@ -57,106 +110,195 @@ class _FluxIds:
         )
 
 
+class OpenRequest:
+    """The request of one pipeline call, from its first sign on.
+
+    Attributes:
+        transformer: whose it is.
+        is_watched: the scheduler's steps are reported to it (`end_step`).
+        branch: the guidance branch that the pipeline named; none where it names none.
+    """
+
+    def __init__(self, transformer: EngineTransformer, *, is_watched: bool) -> None:
+        self.transformer = transformer
+        self.is_watched = is_watched
+        self.branch: str | None = None
+        self.flux_ids = Unchanged(_FluxIds.read)
+        self._request: Request | None = None
+
+    def begin(self, times: Sequence[float] | None = None) -> Request:
+        """Begin a request, in place of the one before it."""
+        self._request = self.transformer.denoiser.begin(times)
+        self.transformer.note(self._request)
+        return self._request
+
+    @property
+    def request(self) -> Request:
+        """The request, begun now if nothing announced it."""
+        return self._request if self._request is not None else self.begin()
+
+    @property
+    def is_in_step(self) -> bool:
+        """Whether a model call was made since the last step ended."""
+        return self._request is not None and self._request.is_in_step
+
+    def enter_call(self, timestep: Tensor) -> tuple[Request, str, float]:
+        """Begin a step if this call begins one; the request, the branch and the timestep.
+
+        Where the scheduler is not watched, another timestep or a branch that has run already tells
+        that a step ended, and a timestep that rises that a request did.
+        """
+        request = self.request
+        time = request.time_of(timestep)
+        if request.is_in_step and not self.is_watched:
+            assert request.time is not None
+            if time > request.time:
+                request = self.begin()
+            elif time < request.time or (self.branch and request.has_run(self.branch)):
+                request.end_step()
+        if not request.is_in_step:
+            request.begin_step(time)
+        # FluxKontextPipeline names no branch; with true CFG it calls the transformer twice a step.
+        names = {0: "cond", 1: "uncond"}
+        number = request.branches_run
+        return request, self.branch or names.get(number, f"branch-{number}"), time
+
+
+# The pipeline calls that this thread is in, the innermost last.
+_OPEN: ContextVar[tuple[OpenRequest, ...]] = ContextVar("ditrim_open_requests", default=())
+
+
 class EngineTransformer(nn.Module):
     """Takes the calls of `QwenImageTransformer2DModel` or `FluxTransformer2DModel`.
 
-    Returns the velocity of the noisy tokens only, which is what the pipelines read. Serves one
-    request at a time; a thread makes its own over the same engines.
+    Returns the velocity of the noisy tokens only, which is what the pipelines read. What belongs to
+    a request lies in an `OpenRequest` of the thread that runs it, so threads may share a
+    transformer. `engine_transformer` makes one.
     """
 
-    def __init__(
-        self,
-        engines: Engines,
-        policy: Policy,
-        *,
-        cache: Cache | None = None,
-        region: Tensor | None = None,
-        timing: bool = False,
-    ) -> None:
+    def __init__(self, denoiser: Denoiser, dtype: torch.dtype | None = None) -> None:
         """Make a stand-in.
 
         Args:
-            engines: from `load_engines`.
-            policy: e.g. `ToPi()`.
-            cache, region, timing: see `Denoiser`.
+            denoiser: what requests are made of.
+            dtype: that of the transformer whose place it takes; none means the engines'.
         """
-        super().__init__()
+        nn.Module.__init__(self)
+        engines = denoiser.engines
         manifest = engines.engine_set.manifest
-        self._denoiser = Denoiser(engines, policy, cache=cache, region=region, timing=timing)
+        self.denoiser = denoiser
         self._architecture = manifest.architecture
         self._axes = tuple(manifest.transformer_config["axes_dims_rope"])
-        self.config = FrozenDict(manifest.transformer_config)
-        self._branch: str | None = None
-        self._calls_in_step = 0
-        self._last_timesteps: dict[str, float] = {}
-        self._times: list[float] | None = None
-        self._flux_ids: _FluxIds | None = None
-        self._steps_done = 0
+        self._internal_dict = FrozenDict(manifest.transformer_config)
+        self._gradient_checkpointing_func = None
+        # Libraries ask a module's first parameter where it is and of what dtype.
+        self.placeholder = nn.Parameter(
+            torch.empty(0, dtype=dtype or engines.dtype), requires_grad=False
+        )
+        self._here = threading.local()
+        self._last_report = RunReport()
+
+    def __copy__(self) -> EngineTransformer:
+        return engine_transformer(self.denoiser, self.dtype)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EngineTransformer:
+        return self.__copy__()  # engines are shared, never copied
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise UsageError(
+            "an engine set's transformer cannot be pickled: send the engine set's folder, and "
+            "attach it in the other process"
+        )
+
+    @property
+    def config(self) -> FrozenDict:
+        """The transformer's configuration."""
+        return self._internal_dict
 
     @property
     def device(self) -> torch.device:
         """Where the engines' tensors live."""
-        return self._denoiser.engines.device
+        return self.denoiser.engines.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of latents and embeddings."""
-        return self._denoiser.engines.dtype
+        """What the pipeline's tensors are made in; engines take any."""
+        return self.placeholder.dtype
 
     @property
     def report(self) -> RunReport:
-        """What the current or last request did."""
-        return self._denoiser.report
-
-    def start_request(self) -> None:
-        """Forget the previous request. `attach` calls this whenever a pipeline starts one."""
-        self._denoiser.start_request()
-        self._calls_in_step = self._steps_done = 0
-        self._last_timesteps = {}
-        self._times = self._flux_ids = None
-
-    def expect_times(self, times: Sequence[float]) -> None:
-        """What `timestep` will be at each step. `attach` calls this.
-
-        A number that is known need not be read from the device, which waits for it.
-        """
-        self._times = list(times)
+        """What the current or last request of this thread did; else the last one anywhere."""
+        report: RunReport = getattr(self._here, "report", self._last_report)
+        return report
 
     @property
     def acts_on_steps(self) -> bool:
         """Whether the policy looks at finished steps, and may change their result."""
-        return self._denoiser.acts_on_steps
+        return self.denoiser.acts_on_steps
 
-    @property
-    def is_in_step(self) -> bool:
-        """Whether a call was made since the last step ended."""
-        return self._calls_in_step > 0
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """How many parameters the engines hold; none can be trained."""
+        from ditrim.engines.parameters import count_parameters
 
-    def end_step(self) -> None:
-        """Count calls anew: the next one is of the next step. `attach` calls this."""
-        self._calls_in_step = 0
-        self._steps_done += 1
+        if only_trainable:
+            return 0
+        manifest = self.denoiser.engines.engine_set.manifest
+        return count_parameters(
+            manifest.transformer_config, manifest.architecture, manifest.front_depth
+        ).total
 
-    def finish_step(
-        self, latents: Tensor, velocity: Tensor, sigma: float, next_sigma: float
-    ) -> Tensor | None:
-        """See `Denoiser.finish_step`. `attach` calls this."""
-        return self._denoiser.finish_step(latents, velocity, sigma, next_sigma)
+    def note(self, request: Request) -> None:
+        """Remember a request as this thread's last one."""
+        self._here.report = self._last_report = request.report
+
+    @contextmanager
+    def open_request(self) -> Iterator[OpenRequest]:
+        """Keep what runs inside apart from every other request; its steps are reported."""
+        opened = OpenRequest(self, is_watched=True)
+        token = _OPEN.set((*_OPEN.get(), opened))
+        try:
+            yield opened
+        finally:
+            _OPEN.reset(token)
+
+    def opened_request(self) -> OpenRequest | None:
+        """The request of the pipeline call that this thread is in, if it is in one."""
+        for opened in reversed(_OPEN.get()):
+            if opened.transformer is self:
+                return opened
+        return None
+
+    def _current(self) -> OpenRequest:
+        """The open request, or one for calls that no attached pipeline makes."""
+        opened = self.opened_request()
+        if opened is not None:
+            return opened
+        if self.acts_on_steps:
+            raise UsageError(
+                f"{type(self.denoiser.policy).__name__} acts on the scheduler's steps, and this "
+                "call of the transformer comes from outside the attached pipeline: run your loop "
+                "inside `with attachment.request():`, or choose a policy that does not, as ToPi"
+            )
+        if not hasattr(self._here, "loose"):
+            self._here.loose = OpenRequest(self, is_watched=False)
+        loose: OpenRequest = self._here.loose
+        return loose
 
     @contextmanager
     def cache_context(self, name: str, **_: object) -> Iterator[None]:
         """Name the guidance branch of the calls inside, as diffusers' pipelines do."""
-        before, self._branch = self._branch, name
+        current = self._current()
+        before, current.branch = current.branch, name
         try:
             yield
         finally:
-            self._branch = before
+            current.branch = before
 
     def forward(
         self,
         hidden_states: Tensor,
-        *,
         encoder_hidden_states: Tensor | None = None,
+        *,
         encoder_hidden_states_mask: Tensor | None = None,
         timestep: Tensor | None = None,
         img_shapes: Sequence[Any] | None = None,
@@ -209,6 +351,7 @@ class EngineTransformer(nn.Module):
         if guidance is not None:
             guidance = guidance.reshape(-1).expand(batch) if guidance.numel() == 1 else guidance
         num_text = encoder_hidden_states.shape[1]
+        current = self._current()
         if self._architecture == "qwen":
             grids = _grids_of(img_shapes)
             num_noisy = _num_tokens(grids[:1])
@@ -227,15 +370,15 @@ class EngineTransformer(nn.Module):
         else:
             if img_ids is None or txt_ids is None or pooled_projections is None:
                 raise UsageError("img_ids, txt_ids and pooled_projections must be given")
-            ids = self._ids_of(img_ids, txt_ids)
+            ids = current.flux_ids.get(img_ids, txt_ids)
             num_noisy, key, token_grids = ids.num_noisy, ids.key, ids.grids
 
             def make_rope() -> Any:
                 return flux_rope(ids.image, ids.text, num_noisy, self._axes, self.device)
 
-        time = self._time_of(timestep)
-        velocity = self._denoiser.predict(
-            self._branch_of(time),
+        request, branch, time = current.enter_call(timestep)
+        velocity = request.predict(
+            branch,
             ModelInputs(
                 noisy_latents=hidden_states[:, :num_noisy],
                 reference_latents=hidden_states[:, num_noisy:],
@@ -252,38 +395,6 @@ class EngineTransformer(nn.Module):
         ).to(hidden_states.device, hidden_states.dtype)
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
-    def _time_of(self, timestep: Tensor) -> float:
-        is_known = self._times is not None and self._steps_done < len(self._times)
-        if is_known and timestep.device.type != "cpu":
-            assert self._times is not None
-            return self._times[self._steps_done]
-        return float(timestep.reshape(-1)[0])
-
-    def _ids_of(self, img_ids: Tensor, txt_ids: Tensor) -> _FluxIds:
-        """Read once for ids that are the same tensors at every step, as the pipeline's are."""
-        known = self._flux_ids
-        if known is None or known.given[0] is not img_ids or known.given[1] is not txt_ids:
-            known = self._flux_ids = _FluxIds.read(img_ids, txt_ids)
-        return known
-
-    def _branch_of(self, value: float) -> str:
-        """The branch of this call: the pipeline's word, or the order of calls within a step.
-
-        FluxKontextPipeline names no branch; with true CFG it calls the transformer twice a step.
-        A timestep that rises within a branch begins a request that nobody announced, as with a
-        scheduler that was exchanged after `attach`.
-        """
-        if value not in self._last_timesteps.values():
-            self._calls_in_step = 0
-        names = {0: "cond", 1: "uncond"}
-        branch = self._branch or names.get(self._calls_in_step, f"branch-{self._calls_in_step}")
-        if value > self._last_timesteps.get(branch, value):
-            self.start_request()
-            branch = self._branch or "cond"
-        self._last_timesteps[branch] = value
-        self._calls_in_step += 1
-        return branch
-
     @staticmethod
     def _refuse(**arguments: object) -> None:
         for name, value in arguments.items():
@@ -292,6 +403,55 @@ class EngineTransformer(nn.Module):
                     f"{name} was given, which a compiled engine cannot apply; merge it into the "
                     "weights and rebuild the engine set, or run without it"
                 )
+
+
+def engine_transformer(denoiser: Denoiser, dtype: torch.dtype | None = None) -> EngineTransformer:
+    """A stand-in that is an instance of the diffusers class whose place it takes.
+
+    Args:
+        denoiser, dtype: see `EngineTransformer`.
+    """
+    name = denoiser.engines.engine_set.manifest.transformer_class
+    return _class_for(name)(denoiser, dtype)
+
+
+@functools.cache
+def _class_for(name: str) -> type[EngineTransformer]:
+    """`EngineTransformer` as a subclass of a diffusers transformer, whose methods it refuses."""
+    import diffusers
+
+    base: type[Any] = getattr(diffusers, name)
+    plain = set(dir(nn.Module))
+    refused = {
+        attribute
+        for attribute in dir(base)
+        if not attribute.startswith("_")
+        and attribute not in _WORKS
+        and attribute not in plain
+        and callable(getattr(base, attribute))
+    }
+    members = {
+        attribute: _refusing(attribute) for attribute in (*sorted(refused), *_REFUSED_OF_MODULES)
+    }
+    members |= {"__doc__": EngineTransformer.__doc__, "__module__": __name__}
+    # Those of `EngineTransformer` come first, then the refusals, then diffusers' own.
+    return type("EngineTransformer", (EngineTransformer, type("_Refusing", (), members), base), {})
+
+
+def _refusing(name: str) -> Any:
+    """A method that says why it cannot work."""
+    remedy = next(
+        (text for words, text in _REMEDIES if any(word in name for word in words)), _OTHERWISE
+    )
+
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise UsageError(
+            f"transformer.{name}() cannot work while an engine set stands in for the pipeline's "
+            f"transformer; {remedy}"
+        )
+
+    refuse.__name__ = name
+    return refuse
 
 
 def _num_tokens(grids: Sequence[Grid]) -> int:

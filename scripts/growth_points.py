@@ -96,7 +96,7 @@ class _Call:
         self.samples: defaultdict[str, list[float]] = defaultdict(list)
         with peaks.of("inputs"):
             self.inputs = inputs_of(self.manifest, point)
-        self.calls, self.reduced_calls = EngineCalls(engines), EngineCalls(engines)
+        self.calls = EngineCalls(engines)
         self.group = (torch.arange(point["batch"]), None)
         self.one_row = torch.zeros(1, dtype=torch.int64)
         self.all_rows = torch.arange(point["noisy"])
@@ -128,8 +128,7 @@ class _Call:
             return result
 
         def back(graph: str, reduction: Any, rows: Any, clock: Any) -> Any:
-            calls = self.calls if reduction is None else self.reduced_calls
-            return calls.run_back(front, graph, reduction, rows, clock)
+            return self.calls.run_back(front, graph, reduction, rows, clock)
 
         front = timed(
             "front", lambda clock: self.calls.run_front(self.inputs, self.group, None, clock),

@@ -190,6 +190,12 @@ def measure_requests(task: dict[str, Any]) -> dict[str, Any]:
     return {"held_bytes": held, "added_bytes": memory}
 
 
+def _run_step(request: Any, inputs: Any) -> None:
+    request.begin_step(inputs.time)
+    request.predict("cond", inputs)
+    request.end_step()
+
+
 def measure_rungs(task: dict[str, Any]) -> dict[str, Any]:
     """Load time, memory and step time of a set with so many rungs, after a step on each."""
     import torch
@@ -206,18 +212,19 @@ def measure_rungs(task: dict[str, Any]) -> dict[str, Any]:
     length = sum(task["point"]["references"])
     rungs = engines.engine_set.manifest.ladder.rungs
     for rung in rungs:
-        denoiser = Denoiser(engines, ToPi(tau=0.0, min_kept=rung, max_kept=rung))
+        request = Denoiser(engines, ToPi(tau=0.0, min_kept=rung, max_kept=rung)).begin()
         for _ in range(3):
-            denoiser.predict("cond", inputs)
+            _run_step(request, inputs)
     served = status_bytes("VmRSS") - before
     half = length // 2
-    denoiser = Denoiser(engines, ToPi(tau=0.0, min_kept=half, max_kept=half, interval=10**6))
+    policy = ToPi(tau=0.0, min_kept=half, max_kept=half, interval=10**6)
+    request = Denoiser(engines, policy).begin()
     for _ in range(task["repeats"] + 2):
         pulse.beat()
         time.sleep(SETTLE_SECONDS)
-        denoiser.predict("cond", inputs)
-    steps = [record.total_ms for record in denoiser.report.steps[2:]]
-    del denoiser, engines
+        _run_step(request, inputs)
+    steps = [record.total_ms for record in request.report.steps[2:]]
+    del request, engines
     loads = []
     for _ in range(task["repeats"]):
         gc.collect()

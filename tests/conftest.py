@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 # `--import-mode=importlib` leaves sys.path alone; helpers stand beside this file.
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "support")]
 
 # Started in the background of a shell without job control, this process ignores SIGINT, and so
 # would the commands whose interruption is tested.

@@ -311,7 +311,7 @@ def test_full_size_figures_of_qwen_edit_are_known() -> None:
     assert plan.companions[0].weights_bytes == 2 * 8_292_166_656
     # "A further profile costs megabytes": eight of them, a few percent.
     assert 1.0 < plan.disk_bytes / (front.weights_bytes + back.weights_bytes) < 1.05
-    assert plan.rungs == tuple(range(512, 4097, 512))
+    assert plan.rungs[-1] == 4272
     assert plan.build_device_bytes > back.weights_bytes
 
 
@@ -378,11 +378,27 @@ def test_advice_names_options_that_the_command_has() -> None:
 
 def test_rtx_keeps_logits_of_a_block_of_rows_and_the_plugin_none() -> None:
     rtx, plugin = (plan_of(backend=name).plans[1] for name in ("tensorrt-rtx", "tensorrt"))
-    all_logits = 4 * 24 * 4096 * (4096 + 4096 + 1024) * 2  # of a batch of 4
+    all_logits = 4 * 24 * 4272 * (4272 + 4272 + 2459) * 2  # of a batch of 4
     more = rtx.activation_bytes[-1] - plugin.activation_bytes[-1]
     assert all_logits / 16 < more < all_logits / 8
     front = plan_of(backend="tensorrt-rtx").plans[0]
     assert front.activation_bytes == plan_of(backend="tensorrt").plans[0].activation_bytes
+
+
+def test_the_cost_of_serving_every_shape_is_named() -> None:
+    plan = plan_of(backend="tensorrt")
+    narrow = plan_of(
+        backend="tensorrt",
+        resolution=(1024, 1024),
+        reference_resolution=(1024, 1024),
+        max_text_tokens=1408,
+    )
+    assert plan.every_shape_bytes == plan.need.total - narrow.need.total > 0
+    assert narrow.every_shape_bytes == 0
+    [line] = [line for line in plan.lines() if "every shape" in line]
+    assert "against square pictures and short prompts alone" in line
+    assert not any("every shape" in line for line in narrow.lines())
+    assert plan.to_dict()["every_shape_bytes"] == plan.every_shape_bytes
 
 
 def test_notes_name_what_cannot_run_or_was_not_measured() -> None:

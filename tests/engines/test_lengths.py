@@ -23,13 +23,14 @@ def kept_counts(ladder: Ladder) -> list[int]:
 @pytest.mark.parametrize(
     ("given", "granularity"),
     [
-        ({}, 64),
-        ({"model": "flux-kontext"}, 64),
-        ({"model": "qwen-edit-plus"}, 128),
-        ({"model": "qwen-edit-2511", "num_references": 3}, 256),
+        ({}, 128),
+        ({"model": "flux-kontext"}, 128),
+        ({"model": "qwen-edit-plus"}, 256),
+        ({"model": "qwen-edit-2511", "num_references": 1}, 128),
         ({"preset": "small"}, 8),
         ({"preset": "small", "max_reference_tokens": 144}, 4),
-        ({"resolution": (512, 512)}, 16),
+        ({"resolution": (512, 512)}, 128),
+        ({"reference_resolution": (512, 512)}, 16),
         ({"max_reference_tokens": 64}, 1),
         ({"rungs": 100}, 32),  # no coarser than the rungs that were asked for
         ({"ladder": (512, 1024, 4096)}, 64),
@@ -84,11 +85,11 @@ def test_default_granularity_never_rounds_past_a_given_rung(rungs: set[int]) -> 
 
 
 def test_granularity_is_in_the_identity_and_in_the_command_where_it_was_given() -> None:
-    plain, told = BuildOptions(backend="tensorrt"), BuildOptions(backend="tensorrt", granularity=64)
+    plain, told = (BuildOptions(backend="tensorrt", granularity=g) for g in (None, 128))
     assert plain.shaping() == told.shaping()
     assert BuildOptions(backend="tensorrt", granularity=32).shaping() != plain.shaping()
     assert "--granularity" not in plain.command()
-    assert "--granularity 64" in told.command()
+    assert "--granularity 128" in told.command()
     arguments = _parser().parse_args(["--backend", "tensorrt", "--granularity", "16"])
     assert options_from(arguments).reference_ladder.granularity == 16
 
@@ -117,11 +118,11 @@ def test_granularity_is_in_the_identity_and_in_the_command_where_it_was_given() 
         ({"resolution": (16384, 8192)}, r"16384x8192 is 524288 tokens; a picture has at most 2621"),
         ({"resolution": (10**400, 16)}, r"the width is a number of 1329 bits; it must be at most"),
         (
-            {"resolution": (65536, 64), "max_text_tokens": 2049},
+            {"reference_resolution": (65536, 64), "max_text_tokens": 2049},
             r"qwen-edit has 4096 positions on each side of a picture's centre: half of its longer "
             r"side takes 2048 and the text 2049 of them; lower --resolution or --max-text-tokens",
         ),
-        ({"max_text_tokens": 4096}, r"half of its longer side takes 32 and the text 4096 of them"),
+        ({"max_text_tokens": 4096, "resolution": (1024, 1024)}, r"takes 32 and the text 4096 of"),
         ({"preset": "small", "max_text_tokens": 4097}, r"side takes 0 and the text 4097 of them"),
         (
             {"model": "flux-kontext", "max_text_tokens": 65_537},
@@ -140,8 +141,7 @@ def test_lengths_beyond_the_model_name_value_limit_and_remedy(
 def test_the_longest_that_a_model_takes_is_accepted() -> None:
     options = BuildOptions(
         model="qwen-edit-2511",
-        resolution=(65536, 1024),
-        num_references=3,
+        reference_resolution=(65536, 1024),
         max_text_tokens=2048,
         backend="tensorrt",
     )

@@ -14,23 +14,26 @@ from ditrim.plugins.errors import UsageError
 RTX: dict[str, Any] = {"backend": "tensorrt-rtx"}
 
 
-def test_defaults_are_one_reference_of_1024_squared() -> None:
+def test_defaults_serve_every_shape_of_one_reference() -> None:
     options = BuildOptions()
-    assert options.limits == Limits(batch=4, noisy=4096, text=1024)
-    assert options.reference_ladder.rungs == tuple(range(512, 4097, 512))
+    assert options.limits == Limits(batch=4, noisy=4272, text=2459)
+    assert options.reference_ladder.rungs == tuple(range(534, 4273, 534))
     assert options.target == Path("engines-out/qwen-edit")
 
 
 @pytest.mark.parametrize(
     ("given", "noisy", "longest", "text"),
     [
-        ({"model": "qwen-edit-plus"}, 4096, 8192, 1024),
-        ({"model": "flux-kontext"}, 4096, 4096, 512),
-        ({"resolution": (512, 256)}, 512, 512, 1024),
-        ({"resolution": ((512, 256), (768, 768))}, 2304, 2304, 1024),
-        ({"model": "qwen-edit-2511", "num_references": 3}, 4096, 12288, 1024),
-        ({"max_reference_tokens": 100}, 4096, 100, 1024),
-        ({"ladder": (8, 64)}, 4096, 64, 1024),
+        ({"model": "qwen-edit-plus"}, 4272, 12816, 1716),
+        ({"model": "flux-kontext"}, 4100, 4150, 512),
+        ({"resolution": (512, 256)}, 512, 4272, 2459),
+        ({"resolution": ((512, 256), (768, 768))}, 2304, 4272, 2459),
+        ({"reference_resolution": (512, 256)}, 4272, 512, 2459),
+        ({"reference_resolution": ((512, 256), (768, 768))}, 4272, 2304, 2459),
+        ({"resolution": (512, 256), "reference_resolution": (512, 512)}, 512, 1024, 2459),
+        ({"model": "qwen-edit-2511", "num_references": 2}, 4272, 8544, 1487),
+        ({"max_reference_tokens": 100}, 4272, 100, 2459),
+        ({"ladder": (8, 64)}, 4272, 64, 2459),
         ({"preset": "small"}, 144, 468, 64),
         ({"preset": "small", "max_reference_tokens": 288}, 144, 288, 64),
     ],
@@ -97,9 +100,9 @@ def test_default_target_names_what_is_built(given: dict[str, Any], name: str) ->
         ),
         (
             RTX | {"min_text_tokens": 64, "opt_text_tokens": 32},
-            r"--min-text-tokens 64, --opt-text-tokens 32 and --max-text-tokens 1024 contradict",
+            r"--min-text-tokens 64, --opt-text-tokens 32 and --max-text-tokens 2459 contradict",
         ),
-        (RTX | {"opt_noisy_tokens": 5000}, r"--opt-noisy-tokens 5000 and --max-noisy-tokens 4096"),
+        (RTX | {"opt_noisy_tokens": 5000}, r"--opt-noisy-tokens 5000 and --max-noisy-tokens 4272"),
         (RTX | {"min_noisy_tokens": 0}, r"--min-noisy-tokens is 0; it must be a whole number, 1"),
         ({"precision": "bf16"}, r"CPU provider has no bf16 matrix product; use --precision fp32"),
         ({"precision": "int8"}, r"--precision is 'int8'; allowed: fp32, fp16, bf16"),
@@ -127,12 +130,14 @@ def test_default_target_names_what_is_built(given: dict[str, Any], name: str) ->
         ({"resolution": (0, 512)}, r"--resolution: the width is 0"),
         ({"resolution": ((512, 512), (512, 500))}, r"512x500: the height 500 is not a multiple of"),
         ({"resolution": ()}, r"--resolution is empty; give WIDTHxHEIGHT"),
+        ({"reference_resolution": ()}, r"--reference-resolution is empty; give WIDTHxHEIGHT"),
+        ({"reference_resolution": (8, 16)}, r"--reference-resolution 8x16: the width 8 is not a m"),
         ({"num_references": 2}, r"--num-references is 2; qwen-edit takes at most 1"),
         ({"ladder": (8, 16), "rungs": 2}, r"--ladder and --rungs both set the ladder"),
         ({"ladder": (8, 16), "max_reference_tokens": 32}, r"--ladder ends at 16, but --max-ref"),
         ({"ladder": (16, 8)}, r"--ladder: ladder rungs 16, 8 must increase"),
         ({"ladder": ()}, r"--ladder is empty"),
-        ({"granularity": 9999}, r"--granularity is 9999; it must be at most 4096"),
+        ({"granularity": 9999}, r"--granularity is 9999; it must be at most 4272"),
     ],
 )
 def test_impossible_values_name_option_value_and_remedy(
@@ -157,6 +162,7 @@ def test_impossible_values_name_option_value_and_remedy(
             max_batch=1,
         ),
         BuildOptions(resolution=(512, 768), rungs=3, revision="abc"),
+        BuildOptions(reference_resolution=((512, 768), (1024, 1024))),
         BuildOptions(preset="small", score_details=True),
         BuildOptions(
             backend="tensorrt-rtx",
@@ -197,13 +203,12 @@ def test_sizes_of_zero_in_the_configuration_are_named() -> None:
 
 def test_every_resolution_and_number_of_references_has_its_rung() -> None:
     options = BuildOptions(
-        model="qwen-edit-plus", num_references=3, resolution=((512, 512), (768, 512)), rungs=2
+        model="qwen-edit-plus", reference_resolution=((512, 512), (768, 512)), rungs=2
     )
     small, large = 32 * 32, 48 * 32
     whole = {number * tokens for number in (1, 2, 3) for tokens in (small, large)}
-    assert options.limits.noisy == large
     assert set(options.reference_ladder.rungs) == whole | {3 * large // 2, 3 * large}
-    coarse = BuildOptions(resolution=((512, 512), (720, 512)), rungs=1, granularity=100)
+    coarse = BuildOptions(reference_resolution=((512, 512), (720, 512)), rungs=1, granularity=100)
     assert coarse.reference_ladder.rungs == (1100, 1440)
 
 
@@ -217,12 +222,14 @@ def test_default_precision_is_the_backends(backend: str, precision: str) -> None
     assert "--precision" not in options.command()
 
 
-def test_ranges_tune_plans_for_one_edit_at_the_longest_lengths() -> None:
+def test_ranges_tune_plans_for_one_usual_edit() -> None:
     ranges = BuildOptions(backend="tensorrt", max_batch=8).ranges
     sizes = [
         (axis.least, axis.best, axis.most) for axis in (ranges.batch, ranges.noisy, ranges.text)
     ]
-    assert sizes == [(1, 1, 8), (1, 4096, 4096), (1, 1024, 1024)]
+    assert sizes == [(1, 1, 8), (1, 4096, 4272), (1, 1408, 2459)]
+    given = BuildOptions(backend="tensorrt", max_noisy_tokens=5000, max_text_tokens=300).ranges
+    assert (given.noisy.best, given.text.best) == (5000, 300)
     narrow = BuildOptions(backend="tensorrt", min_batch=2, max_batch=2, opt_text_tokens=77).ranges
     assert (narrow.batch.best, narrow.text.best) == (2, 77)
 
@@ -233,6 +240,16 @@ def test_profiles_are_those_of_every_plan() -> None:
     two = BuildOptions(backend="tensorrt", rungs=4, separate_anchor=True).profiles()
     assert list(two) == ["front", "back", "anchor"]
     assert two["back"][0].rows is None
+
+
+def test_profiles_are_tuned_for_square_references_where_shapes_vary() -> None:
+    plus = BuildOptions(backend="tensorrt", model="qwen-edit-plus").profiles()["front"]
+    best = [profile.reference.best for profile in plus]
+    assert {4096, 8192, 12288} <= set(best)
+    assert all(profile.reference.holds(n) for profile, n in zip(plus, best, strict=True))
+    assert [profile.reference.most for profile in plus][-1] == 12816
+    given = BuildOptions(backend="tensorrt", reference_resolution=(1024, 1024)).profiles()["front"]
+    assert all(profile.reference.best == profile.reference.most for profile in given)
 
 
 @pytest.mark.parametrize(

@@ -290,5 +290,6 @@ def test_a_real_edit_is_served_and_explained(small_engine_set: Path) -> None:
             assert [record.role for record in report.steps[:2]] == ["full", "anchor"]
             assert report.notes["chosen"] in ("coverage", "tokendrop")
             assert report.notes["at_step"] == 1
-            assert {record.role for record in report.steps[2:]} == {"reduced"}
+            assert {record.role for record in report.steps[2:]} <= {"reduced", "anchor"}
+            assert report.steps[2].role == "reduced"
             assert report.as_dict()["policy_notes"] == report.notes

@@ -93,7 +93,7 @@ def test_model_chooses_the_defaults_that_differ_between_models() -> None:
         ("topi tau=x", "policy topi: tau must be a number, got 'x'"),
         ("topi tau=nan", r"policy 'topi tau=nan': tau must be a number in \[0, 1\], got nan"),
         ("topi tau=2", r"policy 'topi tau=2': tau must be a number in \[0, 1\], got 2.0"),
-        ("topi interval=2.5", "policy topi: interval must be a whole number, got '2.5'"),
+        ("topi interval=2.5", "policy topi: interval must be a whole number or none, got '2.5'"),
         ("topi interval=0", "interval must be an integer of at least 1, got 0"),
         ("topi max_kept=few", "max_kept must be a whole number or none, got 'few'"),
         ("topi is_static=1", "is_static must be true or false, got '1'"),

@@ -1,0 +1,471 @@
+"""LoRAs, read strictly and merged into weights: W + scale * alpha / rank * up @ down, in float32.
+
+Replaces: diffusers' converters, which drop what they do not know with a warning or none. Read are
+linear layers' LoRAs under the names of diffusers and peft (`lora_A`, `lora_B`) and of Kohya
+(`lora_down`, `lora_up`, `alpha`), with the usual prefixes, module names dotted or joined by
+underscores, and for FLUX also in the original naming, whose fused projections are taken apart.
+Limits: what a merge cannot express (DoRA, LoKr, LoHa, OFT, convolutions, biases) and parts for
+text encoders are refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ditrim.plugins.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PREFIXES = (
+    "base_model.model.",
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "transformer.",
+    "lora_unet_",
+    "lora_transformer_",
+)
+_TEXT_PREFIXES = ("text_encoder.", "text_encoder_2.", "lora_te_", "lora_te1_", "lora_te2_")
+_DOWN = (".lora_A.weight", ".lora_down.weight", ".lora.down.weight", ".lora_A", ".lora_down")
+_UP = (".lora_B.weight", ".lora_up.weight", ".lora.up.weight", ".lora_B", ".lora_up")
+_ALPHA = ".alpha"
+# Parts of keys that belong to other kinds of adapters.
+_OTHER_KINDS = {
+    "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+    "lokr_": "LoKr",
+    "hada_": "LoHa",
+    "oft_": "OFT",
+    "glora": "GLoRA",
+    ".diff": "full differences of weights",
+    "lora_mid": "LoCon with a Tucker core",
+    ".processor.": "the XLabs format",
+    "lora_B.bias": "a LoRA with biases",
+    ".set_weight": "replaced weights",
+}
+_METADATA = "lora_adapter_metadata"
+_LARGEST_SCALE = 1e4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraChoice:
+    """A LoRA as it was asked for: FILE[:SCALE].
+
+    Attributes:
+        location: a file, a folder, or a hub id, also with the file's name (owner/name/file).
+        scale: what its change is multiplied by.
+    """
+
+    location: str
+    scale: float = 1.0
+
+    @classmethod
+    def parse(cls, text: str) -> LoraChoice:
+        """Read FILE[:SCALE].
+
+        Raises:
+            CheckpointError: the scale is no number to multiply by.
+        """
+        location, colon, tail = text.rpartition(":")
+        if not colon or Path(text).expanduser().exists():
+            return cls(location=_checked(text))
+        try:
+            scale = float(tail)
+        except ValueError:
+            return cls(location=_checked(text))
+        if not math.isfinite(scale) or abs(scale) > _LARGEST_SCALE or scale == 0:
+            raise CheckpointError(
+                f"--lora {text}: the scale {tail} must be a number other than 0, of at most "
+                f"{_LARGEST_SCALE:g}; give it as FILE:0.8"
+            )
+        return cls(location=_checked(location), scale=scale)
+
+
+def _checked(location: str) -> str:
+    if not location.strip():
+        raise CheckpointError("--lora is empty; give a file, as --lora style.safetensors:0.8")
+    return location
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """What a LoRA's layer means for one weight: rows of its product, in an order."""
+
+    weight: str
+    rows: tuple[tuple[int, int], ...] | None = None  # none takes all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Change:
+    """A change of one weight: factor * up[rows] @ down."""
+
+    up: Tensor
+    down: Tensor
+    factor: float
+
+
+@dataclass(slots=True)
+class Merge:
+    """Changes of weights by one LoRA or several, in order.
+
+    Attributes:
+        changes: by the weight's name in diffusers' state dict.
+    """
+
+    changes: dict[str, list[_Change]] = field(default_factory=dict)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.changes
+
+    def apply(self, name: str, weight: Tensor) -> Tensor:
+        """A weight with its changes, in float32; the weight itself where it has none."""
+        import torch
+
+        changes = self.changes.get(name)
+        if not changes:
+            return weight
+        merged = weight.to(torch.float32)
+        for change in changes:
+            up, down = change.up.to(torch.float32), change.down.to(torch.float32)
+            merged = torch.addmm(merged, up, down, alpha=change.factor)
+        return merged
+
+
+def find_lora(location: str) -> Path:
+    """The file of a LoRA: itself, the one in a folder, or from the hub.
+
+    Raises:
+        CheckpointError: there is none, or it is unclear which one is meant.
+    """
+    path = Path(location).expanduser()
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise CheckpointError(
+                f"--lora {location}: only .safetensors files are read; pickles can run code and "
+                "are never opened"
+            )
+        return path
+    if path.is_dir():
+        return _only_file(sorted(path.glob("*.safetensors")), location)
+    parts = location.split("/")
+    if location.startswith((".", "/", "~")) or len(parts) < 2:
+        raise CheckpointError(
+            f"--lora {location} is neither a file or folder that exists, nor a hub id (owner/name "
+            "or owner/name/file.safetensors)"
+        )
+    return _fetch(location, "/".join(parts[:2]), "/".join(parts[2:]))
+
+
+def _only_file(files: list[Path], location: str) -> Path:
+    usual = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+    named = [file for file in files if file.name in usual]
+    candidates = named or files
+    if len(candidates) != 1:
+        names = ", ".join(file.name for file in files[:5]) or "none"
+        raise CheckpointError(
+            f"--lora {location} holds {len(files)} safetensors files ({names}); name the one to "
+            "merge"
+        )
+    return candidates[0]
+
+
+def _fetch(location: str, hub_id: str, name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    from ditrim.export.checkpoint import hub_failure
+
+    patterns = [name or "*.safetensors", "adapter_config.json"]
+    try:
+        folder = snapshot_download(hub_id, allow_patterns=patterns, local_files_only=True)
+        found = _in_snapshot(Path(folder), name, location)
+        if found is not None:
+            return found
+    except Exception:  # not in the cache: asked for below, where every failure is told
+        pass
+    try:
+        folder = snapshot_download(hub_id, allow_patterns=patterns)
+    except Exception as error:
+        text = hub_failure(hub_id, None, error).replace("--weights <folder>", "--lora <file>")
+        raise CheckpointError(f"--lora {location}: {text}") from error
+    found = _in_snapshot(Path(folder), name, location)
+    if found is None:
+        raise CheckpointError(f"--lora {location}: {hub_id} has no file {name} on the hub")
+    return found
+
+
+def _in_snapshot(folder: Path, name: str, location: str) -> Path | None:
+    if name:
+        return folder / name if (folder / name).is_file() else None
+    files = sorted(folder.glob("*.safetensors"))
+    return _only_file(files, location) if files else None
+
+
+def read_merge(
+    loras: Iterable[tuple[Path, float]], shapes: Mapping[str, tuple[int, ...]], architecture: str
+) -> Merge:
+    """Read LoRAs for a model.
+
+    Args:
+        loras: file and scale of each, in order.
+        shapes: of the model's weights, by name.
+        architecture: "qwen" or "flux".
+
+    Raises:
+        CheckpointError: one holds something that cannot be merged; names it.
+    """
+    merge = Merge()
+    targets = _targets(shapes, architecture)
+    for path, scale in loras:
+        for name, change in _changes_of(path, scale, targets, shapes):
+            merge.changes.setdefault(name, []).append(change)
+    return merge
+
+
+def _targets(
+    shapes: Mapping[str, tuple[int, ...]], architecture: str
+) -> dict[str, tuple[_Part, ...]]:
+    """What each module name that a LoRA can use means: dotted, and joined by underscores."""
+    parts: dict[str, tuple[_Part, ...]] = {
+        name.removesuffix(".weight"): (_Part(weight=name),)
+        for name, shape in shapes.items()
+        if name.endswith(".weight") and len(shape) == 2
+    }
+    if architecture == "flux":
+        parts = dict(_original_flux_names(parts, shapes)) | parts
+    return {name.replace(".", "_"): part for name, part in parts.items()} | parts
+
+
+_FLUX_TOP = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "final_layer.linear": "proj_out",
+}
+_FLUX_DOUBLE = {
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "img_attn.proj": ("attn.to_out.0",),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "img_mlp.0": ("ff.net.0.proj",),
+    "img_mlp.2": ("ff.net.2",),
+    "txt_mlp.0": ("ff_context.net.0.proj",),
+    "txt_mlp.2": ("ff_context.net.2",),
+    "img_mod.lin": ("norm1.linear",),
+    "txt_mod.lin": ("norm1_context.linear",),
+}
+_FLUX_SINGLE = {
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2": ("proj_out",),
+    "modulation.lin": ("norm.linear",),
+}
+
+
+def _original_flux_names(
+    modules: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, tuple[_Part, ...]]]:
+    """Modules of the original FLUX code and the weights of diffusers' model that they became."""
+    for old, new in _FLUX_TOP.items():
+        if new in modules:
+            yield old, (_Part(weight=f"{new}.weight"),)
+    if "norm_out.linear" in modules:  # diffusers keeps scale before shift
+        half = shapes["norm_out.linear.weight"][0] // 2
+        swapped = _Part(weight="norm_out.linear.weight", rows=((half, 2 * half), (0, half)))
+        yield "final_layer.adaLN_modulation.1", (swapped,)
+    for kind, block, table in (
+        ("double_blocks", "transformer_blocks", _FLUX_DOUBLE),
+        ("single_blocks", "single_transformer_blocks", _FLUX_SINGLE),
+    ):
+        numbers = {name.split(".")[1] for name in modules if name.startswith(f"{block}.")}
+        for number in sorted(numbers, key=int):
+            for old, names in table.items():
+                weights = [f"{block}.{number}.{name}.weight" for name in names]
+                yield f"{kind}.{number}.{old}", tuple(_stacked(weights, shapes))
+
+
+def _stacked(weights: list[str], shapes: Mapping[str, tuple[int, ...]]) -> Iterator[_Part]:
+    start = 0
+    for name in weights:
+        end = start + shapes[name][0]
+        yield _Part(weight=name, rows=None if len(weights) == 1 else ((start, end),))
+        start = end
+
+
+@dataclass(slots=True)
+class _Layer:
+    """What a file holds of one module."""
+
+    up: str | None = None
+    down: str | None = None
+    alpha: str | None = None
+
+
+def _changes_of(
+    path: Path,
+    scale: float,
+    targets: Mapping[str, tuple[_Part, ...]],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> Iterator[tuple[str, _Change]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            layers = _layers_of(list(file.keys()), targets, path)
+            settings = _settings_of(path, file.metadata() or {})
+            for module, layer in layers.items():
+                assert layer.up is not None
+                assert layer.down is not None
+                up, down = file.get_tensor(layer.up), file.get_tensor(layer.down)
+                alpha = None if layer.alpha is None else float(file.get_tensor(layer.alpha))
+                factor = scale * settings.factor(module, up, alpha, f"{path}: {layer.up}")
+                yield from _parts_of(up, down, factor, targets[module], shapes, path, layer)
+    except SafetensorError as error:
+        raise CheckpointError(f"--lora {path} is no safetensors file: {error}") from error
+
+
+def _layers_of(
+    keys: list[str], targets: Mapping[str, tuple[_Part, ...]], path: Path
+) -> dict[str, _Layer]:
+    """The keys of a file by module.
+
+    Raises:
+        CheckpointError: keys that are not merged; lists them.
+    """
+    layers: dict[str, _Layer] = {}
+    unknown: list[str] = []
+    for key in sorted(keys):
+        for part, kind in _OTHER_KINDS.items():
+            if part in key:
+                raise CheckpointError(
+                    f"--lora {path} holds {key}, which is {kind}; only plain LoRAs of linear "
+                    "layers can be merged: convert it, or merge it into the weights with the tool "
+                    "that made it and build from those"
+                )
+        if key.startswith(_TEXT_PREFIXES):
+            raise CheckpointError(
+                f"--lora {path} holds {key}, a part for a text encoder, which an engine set does "
+                "not contain: save the transformer's part alone and merge that, and load the whole "
+                "file's text encoder part into the pipeline"
+            )
+        kind, stem = _split_key(key)
+        module = _module_of(stem, targets) if kind is not None else None
+        if kind is None or module is None:
+            unknown.append(key)
+            continue
+        layer = layers.setdefault(module, _Layer())
+        if getattr(layer, kind) is not None:
+            raise CheckpointError(f"--lora {path} holds {key} twice, under two names")
+        setattr(layer, kind, key)
+    if unknown:
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        raise CheckpointError(
+            f"--lora {path} holds keys that match nothing of this model: "
+            f"{', '.join(unknown[:5])}{more}; is it for another model?"
+        )
+    if not layers:
+        raise CheckpointError(f"--lora {path} holds no LoRA: it has no tensors")
+    for module, layer in layers.items():
+        if layer.up is None or layer.down is None:
+            raise CheckpointError(
+                f"--lora {path} holds only one half of the LoRA of {module} "
+                f"({layer.up or layer.down or layer.alpha}); the file is incomplete"
+            )
+    return layers
+
+
+def _split_key(key: str) -> tuple[str | None, str]:
+    """Which tensor of a layer a key names ("up", "down", "alpha"), and the rest of it."""
+    key = key.replace(".default.", ".").removesuffix(".default")
+    if key.endswith(_ALPHA):
+        return "alpha", key.removesuffix(_ALPHA)
+    for kind, endings in (("down", _DOWN), ("up", _UP)):
+        for ending in endings:
+            if key.endswith(ending):
+                return kind, key.removesuffix(ending)
+    return None, key
+
+
+def _module_of(stem: str, targets: Mapping[str, object]) -> str | None:
+    """The module that a key's stem names, as it stands among the targets."""
+    if stem in targets:
+        return stem
+    for prefix in _PREFIXES:
+        if stem.startswith(prefix):
+            found = _module_of(stem.removeprefix(prefix), targets)
+            if found is not None:
+                return found
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    """What a file's metadata, or peft's adapter_config.json beside it, say of its scaling."""
+
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+    def factor(self, module: str, up: Tensor, alpha: float | None, where: str) -> float:
+        """alpha / rank of a layer; alpha is the rank where nobody says otherwise."""
+        rank = up.shape[-1]
+        if alpha is None:
+            alpha = self.values.get("lora_alpha", rank)
+            for pattern, value in (self.values.get("alpha_pattern") or {}).items():
+                if re.match(rf"(.*\.)?({pattern})$", module):
+                    alpha = value
+        if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+            raise CheckpointError(f"--lora {where} has an alpha of {alpha!r}, which is no number")
+        return alpha / math.sqrt(rank) if self.values.get("use_rslora") else alpha / rank
+
+
+def _settings_of(path: Path, metadata: Mapping[str, str]) -> _Settings:
+    beside = path.with_name("adapter_config.json")
+    try:
+        if _METADATA in metadata:
+            told = json.loads(metadata[_METADATA])
+            values = {key.removeprefix("transformer."): value for key, value in told.items()}
+        elif path.name == "adapter_model.safetensors" and beside.is_file():
+            values = json.loads(beside.read_text("utf-8"))
+        else:
+            return _Settings()
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"--lora {path}: its settings are damaged ({error})") from error
+    if values.get("use_dora"):
+        raise CheckpointError(f"--lora {path} is DoRA by its settings, which cannot be merged here")
+    return _Settings(values)
+
+
+def _parts_of(
+    up: Tensor,
+    down: Tensor,
+    factor: float,
+    parts: tuple[_Part, ...],
+    shapes: Mapping[str, tuple[int, ...]],
+    path: Path,
+    layer: _Layer,
+) -> Iterator[tuple[str, _Change]]:
+    """The changes of one layer, its rows given to the weights that they belong to."""
+    import torch
+
+    rows = sum(shapes[part.weight][0] for part in parts)
+    columns = shapes[parts[0].weight][1]
+    is_pair = up.dim() == 2 and down.dim() == 2 and up.shape[1] == down.shape[0]
+    if not is_pair or up.shape[0] != rows or down.shape[1] != columns:
+        raise CheckpointError(
+            f"--lora {path}: {layer.up} {list(up.shape)} and {layer.down} {list(down.shape)} do "
+            f"not make a change of {rows} x {columns}; is it for another model?"
+        )
+    for name, value in ((layer.up, up), (layer.down, down)):
+        if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
+            raise CheckpointError(f"--lora {path}: {name} holds values that are no finite numbers")
+    for part in parts:
+        own = up if part.rows is None else torch.cat([up[a:b] for a, b in part.rows])
+        yield part.weight, _Change(up=own, down=down, factor=factor)
