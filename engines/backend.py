@@ -41,6 +41,9 @@ class Engines(Protocol):
             inputs: contiguous tensors on `device` by name; names that the graph does not take are
                 ignored.
             outputs: contiguous tensors on `device` of the right shapes, written in place.
+
+        Raises:
+            BackendError: this process was forked from the one that loaded the engines.
         """
         ...
 

@@ -35,6 +35,7 @@ from ditrim.engines.options import BuildOptions
 from ditrim.engines.place import check_place, check_replaceable
 from ditrim.engines.progress import LoggedProgress, Progress
 from ditrim.engines.source import (
+    LoraSource,
     Source,
     SplitChoice,
     check_unchanged,
@@ -237,7 +238,8 @@ def _build(task: BuildTask, progress: Progress) -> None:
         if facts is not None:
             graphs, plans, built_for = _build_plans(task, facts, graphs, folder, progress)
         progress.stage("Verify")
-        prints = check_unchanged(task.source, task.prints, were_linked=task.links_weights)
+        were_linked = task.links_weights and not task.source.is_single_file
+        prints = check_unchanged(task.source, task.prints, were_linked=were_linked)
         files = _finish_files(folder, progress, _known_hashes(task, folder))
         manifest = Manifest(
             format_version=FORMAT_VERSION,
@@ -282,14 +284,14 @@ def _command(task: BuildTask) -> str:
     options = replace(task.options, output=str(task.target))
     if task.source.kind in ("folder", "file"):
         options = replace(options, weights=task.source.location)
-    options = replace(
-        options,
-        lora=tuple(
-            f"{lora.path.resolve() if Path(lora.location).exists() else lora.location}:{lora.scale:g}"
-            for lora in task.source.loras
-        ),
-    )
-    return options.command()
+    loras = tuple(f"{_place_of(lora)}:{lora.scale:g}" for lora in task.source.loras)
+    return replace(options, lora=loras).command()
+
+
+def _place_of(lora: LoraSource) -> str:
+    """A LoRA's file, or its hub id if it came from there."""
+    is_here = Path(lora.location).expanduser().exists()
+    return str(lora.path.resolve()) if is_here else lora.location
 
 
 @contextmanager

@@ -262,6 +262,12 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
         "came from)",
     )
     machine.add_argument(
+        "--scheduler",
+        metavar="FILE|lightning",
+        help="in place of the pipeline's: a scheduler_config.json, or lightning for distilled "
+        "editors (4 or 8 steps without guidance)",
+    )
+    machine.add_argument(
         "--verify",
         choices=("sizes", "hashes"),
         default="sizes",

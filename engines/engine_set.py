@@ -161,7 +161,8 @@ def safe_path(folder: Path, location: str) -> Path:
     """The path of a file that a manifest or a graph names.
 
     Raises:
-        EngineSetError: it is not a plain relative path to a place inside the folder.
+        EngineSetError: it is not a plain relative path to a place inside the folder, or links
+            lead out of the folder and of the hub cache that it lies in.
     """
     parts = PurePosixPath(location).parts
     is_plain = (
@@ -178,13 +179,29 @@ def safe_path(folder: Path, location: str) -> Path:
             f"engine set {folder} names the file {location!r}; only plain paths inside the folder "
             "are allowed. The set was tampered with: delete it and build it again"
         )
-    path = folder / location
-    if not path.resolve().is_relative_to(folder.resolve()):
+    path, real = folder / location, (folder / location).resolve()
+    if not any(real.is_relative_to(place) for place in _own_places(folder)):
         raise EngineSetError(
             f"engine set {folder}: {location} is a link to a place outside the folder "
-            f"({path.resolve()}). Replace it by a copy of the file"
+            f"({real}). Replace it by a copy of the file"
         )
     return path
+
+
+def _own_places(folder: Path) -> list[Path]:
+    """Where a set's files may lie: in its folder, or in the hub cache that keeps it.
+
+    A cache has `<repository>/snapshots/<commit>/`, whose files are links into
+    `<repository>/blobs/`.
+    """
+    real = folder.resolve()
+    places = [real]
+    for parent in real.parents:
+        blobs = parent.parent / "blobs"
+        if parent.name == "snapshots" and blobs.is_dir():
+            places.append(blobs.resolve())
+            break
+    return places
 
 
 def check_files(engine_set: EngineSet, *, hashes: bool) -> None:

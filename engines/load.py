@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ditrim.engines.engine_set import EngineSet, load_engine_set
+from ditrim.engines.forking import check_not_forked, note_loaded
 from ditrim.engines.manifest import MANIFEST_NAME
 from ditrim.engines.staging import recover
 from ditrim.plugins.errors import EngineSetError, UsageError
@@ -64,8 +65,11 @@ def load_engines(
     Raises:
         EngineSetError: the set is missing, damaged, made by another version, or was replaced while
             it was loaded.
-        BackendError: its backend is not there or cannot run it.
+        BackendError: its backend is not there or cannot run it, or this process was forked from
+            one that had loaded engines.
     """
+    check_not_forked()
+    note_loaded()
     opened = engine_set.folder if isinstance(engine_set, EngineSet) else Path(engine_set)
     recover(Path(os.path.realpath(opened)))
     # A build puts another folder into this one's place.
@@ -113,15 +117,10 @@ def _load(engine_set: EngineSet, options: dict[str, Any]) -> Any:
 
 
 def _key(engine_set: EngineSet, options: dict[str, Any]) -> tuple[Any, ...]:
-    """Equal for loads whose results are the same.
-
-    The process is part of it: in a child that was forked, the threads of the parent's engines and
-    their device are not there.
-    """
+    """Equal for loads whose results are the same."""
     manifest = engine_set.manifest
     files = sorted({MANIFEST_NAME, *(entry.path for entry in manifest.files)})
     return (
-        os.getpid(),
         os.path.realpath(engine_set.folder),
         hashlib.sha256(manifest.to_json().encode()).hexdigest(),
         tuple(_stamp(engine_set.folder / name) for name in files),

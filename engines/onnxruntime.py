@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ditrim.engines.engine_set import EngineSet
+from ditrim.engines.forking import check_not_forked
 from ditrim.plugins.errors import BackendError, UsageError
 
 if TYPE_CHECKING:
@@ -136,6 +137,7 @@ class OnnxRuntimeEngines:
         self, role: str, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]
     ) -> None:
         """See `Engines.run`."""
+        check_not_forked()
         role = "back" if role == "anchor" else role  # one graph serves both
         session = self._sessions[role]
         binding = session.io_binding()

@@ -245,7 +245,9 @@ class BuildOptions:
                     "own configuration"
                 )
         if self.variant is not None and is_random:
-            raise UsageError("--variant names files of a checkpoint; leave it out with random weights")
+            raise UsageError(
+                "--variant names files of a checkpoint; leave it out with random weights"
+            )
         if self.variant is not None and not re.fullmatch(r"[\w-]+", self.variant):
             raise UsageError(f"--variant {self.variant!r} is not valid; give a word, as fp16")
         for text in self.lora:

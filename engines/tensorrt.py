@@ -39,6 +39,7 @@ from ditrim.engines.context_cache import (
 )
 from ditrim.engines.cuda_device import CaptureError, CudaHardware, Hardware
 from ditrim.engines.engine_set import EngineSet
+from ditrim.engines.forking import check_not_forked
 from ditrim.engines.loaded_plan import LoadedPlan, PlanLoader, said
 from ditrim.engines.manifest import PlanSpec, TensorSpec
 from ditrim.engines.tensorrt_library import Library, check_target, log_captured, open_library
@@ -146,6 +147,7 @@ class TensorRTEngines:
         self, role: str, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]
     ) -> None:
         """See `Engines.run`. Queues the work and returns; the caller's stream waits for it."""
+        check_not_forked()
         plan = self._plan_of(role)
         tensors = {spec.name: inputs.get(spec.name) for spec in plan.spec.inputs}
         tensors |= {spec.name: outputs.get(spec.name) for spec in plan.spec.outputs}

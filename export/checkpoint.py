@@ -49,9 +49,7 @@ def is_hub_id(source: str) -> bool:
     return _HUB_ID.fullmatch(source) is not None
 
 
-def find_checkpoint(
-    folder: str | os.PathLike[str], variant: str | None = None
-) -> Checkpoint:
+def find_checkpoint(folder: str | os.PathLike[str], variant: str | None = None) -> Checkpoint:
     """Find a transformer's configuration and weights in a folder; reads no weights.
 
     Args:
@@ -133,10 +131,10 @@ def _weight_files(folder: Path, variant: str | None) -> tuple[str, ...]:
     hint = f"; found {', '.join(others[:3])}, which has another name" if others else ""
     there = _variants_in(found)
     if there - {variant}:
-        names = " or ".join(
+        choices = " or ".join(
             "none" if name is None else f"--variant {name}" for name in sorted(there, key=str)
         )
-        hint = f"; it has other variants: give {names}"
+        hint = f"; it has other variants: give {choices}"
     raise CheckpointError(
         f"checkpoint {folder} has no weights: neither {weights_name} nor {index_name}{hint}"
     )

@@ -357,15 +357,15 @@ def _layers_of(
                 "not contain: save the transformer's part alone and merge that, and load the whole "
                 "file's text encoder part into the pipeline"
             )
-        kind, stem = _split_key(key)
-        module = _module_of(stem, targets) if kind is not None else None
-        if kind is None or module is None:
+        role, stem = _split_key(key)
+        module = _module_of(stem, targets) if role is not None else None
+        if role is None or module is None:
             unknown.append(key)
             continue
         layer = layers.setdefault(module, _Layer())
-        if getattr(layer, kind) is not None:
+        if getattr(layer, role) is not None:
             raise CheckpointError(f"--lora {path} holds {key} twice, under two names")
-        setattr(layer, kind, key)
+        setattr(layer, role, key)
     if unknown:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise CheckpointError(

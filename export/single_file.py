@@ -133,9 +133,7 @@ def _flux_config(
     }
 
 
-def convert_single_file(
-    described: Checkpoint, family: Family, folder: Path
-) -> Checkpoint:
+def convert_single_file(described: Checkpoint, family: Family, folder: Path) -> Checkpoint:
     """Write a checkpoint of one file anew, in diffusers' layout.
 
     Args:

@@ -34,7 +34,7 @@ class Attachment:
         self.pipe = pipe
         self.transformer = transformer
         self._original = pipe.transformer
-        self._original_class = type(pipe)
+        self._original_class: Any = type(pipe)
         config = getattr(pipe, "config", {})
         self._original_entry = config.get("transformer")
         self._is_attached = True
@@ -90,7 +90,7 @@ class Attachment:
 
 
 @functools.cache
-def _attached_class(base: type[Any]) -> type[Any]:
+def _attached_class(base: Any) -> Any:
     """A pipeline's class whose calls are requests of the engine set that is attached.
 
     Everything hangs on the instance, so a light copy of the pipeline with a scheduler of its own
@@ -100,7 +100,7 @@ def _attached_class(base: type[Any]) -> type[Any]:
     def opened(pipe: Any) -> OpenRequest | None:
         transformer = vars(pipe).get("transformer")
         is_ours = isinstance(transformer, EngineTransformer)
-        return transformer.opened_request() if is_ours else None  # type: ignore[union-attr]
+        return transformer.opened_request() if is_ours else None
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         transformer = vars(self).get("transformer")

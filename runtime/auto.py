@@ -163,7 +163,8 @@ class Auto:
         )
         drop = replace(self.tokendrop, full_steps=self.look).begin(num_steps)
         assert isinstance(drop, TokenDropReducer)
-        return AutoReducer(policy=self, coverage=coverage.begin(num_steps), drop=drop)
+        placed = coverage.begin(num_steps)
+        return AutoReducer(policy=self, coverage=placed, drop=drop, num_steps=num_steps)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -173,6 +174,7 @@ class AutoReducer(PlainReducer):
     Attributes:
         policy: its options.
         coverage, drop: the two that may be chosen.
+        num_steps: of the request; none where nobody knows.
         chosen: what works from the choice on; none before it.
         coverage_outlook: what coverage would keep, of the branch that would keep most.
         facts: what the report says.
@@ -181,6 +183,7 @@ class AutoReducer(PlainReducer):
     policy: Auto
     coverage: FlooredCoverage
     drop: TokenDropReducer
+    num_steps: int | None = None
     chosen: Reducer | None = None
     coverage_outlook: Outlook | None = None
     facts: dict[str, Any] = field(default_factory=dict)
@@ -257,7 +260,7 @@ class AutoReducer(PlainReducer):
         if seen is not None:
             back = work(seen.ratio)
             share = policy.front_share + (1 - policy.front_share) * back
-            anchors = 1 / (policy.interval or USUAL_INTERVAL)
+            anchors = self._share_of_anchors(step.step)
             cost = anchors + (1 - anchors) * share
             candidates.append(self._candidate("coverage", seen, cost))
         drop = self._drop_outlook(step, outcome)
@@ -294,6 +297,14 @@ class AutoReducer(PlainReducer):
             "at_step": step.step,
             "candidates": candidates,
         }
+
+    def _share_of_anchors(self, step: int) -> float:
+        """The share of the steps after `step` that coverage would run in full."""
+        if self.num_steps is None or step + 1 >= self.num_steps:
+            return 1 / (self.policy.interval or USUAL_INTERVAL)
+        remaining = range(step + 1, self.num_steps)
+        roles = [self.coverage.role(i, Reduction()) for i in remaining]
+        return roles.count("anchor") / len(roles)
 
     def _drop_outlook(self, step: StepView, outcome: StepOutcome) -> Outlook | str:
         """What TokenDrop would keep, or why it will not do."""

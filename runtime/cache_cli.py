@@ -121,24 +121,26 @@ def _calibrate(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
         weights_digest,
     )
     from ditrim.runtime.pipelines import (
-        check_request,
         component_dtype,
         default_steps,
         load_pipeline,
+        prepare_request,
         run_edit,
         silence_libraries,
     )
     from ditrim.runtime.policy import FullContext
 
     silence_libraries()
-    pipe = load_pipeline(engines.engine_set, args.pipeline, dtype=component_dtype(engines))
+    engine_set = engines.engine_set
+    pipe = load_pipeline(
+        engine_set, args.pipeline, dtype=component_dtype(engines), scheduler=args.scheduler
+    )
     if engines.device.type == "cuda":
         pipe.to(engines.device)
-    takes_guidance = any(spec.name == "guidance" for spec in manifest.graphs["front"].inputs)
-    steps = args.steps or default_steps(pipe)
+    steps = args.steps or default_steps(pipe, engine_set)
     check_enough(len(samples) * (steps - 1), args.degree)
     for index, sample in enumerate(samples):
-        check_request(pipe, _request(args, sample, steps, index), takes_guidance=takes_guidance)
+        prepare_request(pipe, engine_set, _request(args, sample, steps, index))
     recorder = ChangeRecorder()
     with steps_shown(terminal, "measuring", len(samples) * steps) as advance:
         for index, sample in enumerate(samples):
@@ -149,7 +151,8 @@ def _calibrate(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
                 advance(first + done, "")
 
             with attach(pipe, engines, FullContext(), cache=recorder):
-                run_edit(pipe, _request(args, sample, steps, index), on_step)
+                request = _request(args, sample, steps, index)
+                run_edit(pipe, prepare_request(pipe, engine_set, request), on_step)
     fit = fit_polynomial(recorder.points, args.degree)
     calibration = CacheCalibration(
         model=manifest.model,

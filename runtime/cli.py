@@ -75,8 +75,13 @@ def _parser() -> CommandParser:
     edit.add_argument(
         "--guidance", type=float, metavar="X", help="embedded guidance scale (FLUX.1-Kontext)"
     )
-    edit.add_argument("--width", type=int, metavar="PX", help="of the result")
-    edit.add_argument("--height", type=int, metavar="PX", help="of the result")
+    edit.add_argument(
+        "--size",
+        default="auto",
+        metavar="WxH|auto",
+        help="of the result in pixels; auto (default) is the first picture's shape at the "
+        "pipeline's own area",
+    )
     policy = parser.add_argument_group("policy")
     policy.add_argument(
         "--policy",
@@ -89,7 +94,10 @@ def _parser() -> CommandParser:
         "--tau", type=float, metavar="X", help="influence to keep, 0 to 1 (default: 0.85)"
     )
     policy.add_argument(
-        "--interval", type=int, metavar="N", help="steps between anchors (default: 10)"
+        "--interval",
+        type=int,
+        metavar="N",
+        help="steps between anchors (default: 10, or two anchors in fewer than 20 steps)",
     )
     policy.add_argument(
         "--warmup", type=int, metavar="N", help="full steps before the first anchor (default: 0)"
@@ -158,12 +166,13 @@ def _edit(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
         from ditrim.runtime.images import open_picture
         from ditrim.runtime.pipelines import (
             EditRequest,
-            check_request,
             component_dtype,
             load_pipeline,
+            prepare_request,
             region_from,
             silence_libraries,
         )
+        from ditrim.runtime.result_size import parse_size
 
         request = EditRequest(
             images=tuple(open_picture(path) for path in args.image),
@@ -172,8 +181,7 @@ def _edit(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
             true_cfg_scale=args.true_cfg_scale,
             guidance=args.guidance,
             steps=args.steps,
-            width=args.width,
-            height=args.height,
+            size=parse_size(args.size),
             seed=args.seed,
         )
         terminal.stage(f"loading {args.engine}")
@@ -187,13 +195,15 @@ def _edit(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
         if args.cache is not None:
             cache = step_cache_from(args.cache, engine_set)
         silence_libraries()
-        pipe = load_pipeline(engine_set, args.pipeline, dtype=component_dtype(engines))
+        pipe = load_pipeline(
+            engine_set,
+            args.pipeline,
+            dtype=component_dtype(engines),
+            scheduler=args.scheduler,
+        )
         if engines.device.type == "cuda":
             pipe.to(engines.device)
-        takes_guidance = any(
-            spec.name == "guidance" for spec in engine_set.manifest.graphs["front"].inputs
-        )
-        check_request(pipe, request, takes_guidance=takes_guidance)
+        request = prepare_request(pipe, engine_set, request)
         region = None
         if args.keep_region is not None:
             region = region_from(pipe, open_picture(args.keep_region), request)
@@ -308,13 +318,12 @@ def _run(
     from ditrim.runtime.attachment import attach
     from ditrim.runtime.edit_results import EditRun
     from ditrim.runtime.pipelines import (
-        default_steps,
         describe_references,
         run_edit,
         seen_references,
     )
 
-    steps = request.steps or default_steps(pipe)
+    assert request.steps is not None
     with attach(
         pipe,
         engines,
@@ -323,7 +332,7 @@ def _run(
         region=reducing.region,
         timing=is_timed,
     ) as attachment:
-        with steps_shown(terminal, f"denoising, {title}", steps) as advance:
+        with steps_shown(terminal, f"denoising, {title}", request.steps) as advance:
 
             def on_step(done: int, total: int) -> None:
                 if terminal.interrupted_by is not None:  # a library may have swallowed it
@@ -395,6 +404,8 @@ def _say(terminal: Terminal, content: dict[str, Any], *, has_reduced: bool) -> N
         f"{content['output']}: {content['width']}x{content['height']}, {content['seconds']:.2f} s, "
         f"{content['reference_tokens']} reference tokens{kept}"
     )
+    if "size_reason" in content:
+        terminal.say(f"size: {content['size_reason']}")
     if "comparison" in content:
         compared = content["comparison"]
         terminal.say(

@@ -171,12 +171,15 @@ class Comparison:
                 waiting = []
 
     def _request_of(self, index: int, seed: int, pictures: EditPictures) -> EditRequest:
-        return replace(
+        from ditrim.runtime.pipelines import prepare_request
+
+        request = replace(
             self.request,
             images=pictures.images,
             prompt=self.edits[index].prompt,
             seed=noise_seed(seed, index),
         )
+        return prepare_request(self.pipe, self.engines.engine_set, request)
 
     def _run_once(
         self, contender: Contender, request: EditRequest, edit: ComparedEdit

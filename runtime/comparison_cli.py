@@ -17,7 +17,7 @@ from ditrim.engines.console import (
     run_command,
     warnings_noted,
 )
-from ditrim.plugins.errors import UsageError
+from ditrim.plugins.errors import LadderError, UsageError
 
 if TYPE_CHECKING:
     from ditrim.engines.backend import Engines
@@ -95,8 +95,12 @@ def _parser() -> CommandParser:
     compared.add_argument(
         "--guidance", type=float, metavar="X", help="embedded guidance scale (FLUX.1-Kontext)"
     )
-    compared.add_argument("--width", type=int, metavar="PX", help="of the results")
-    compared.add_argument("--height", type=int, metavar="PX", help="of the results")
+    compared.add_argument(
+        "--size",
+        default="auto",
+        metavar="WxH|auto",
+        help="of the results in pixels; auto (default) is each first picture's shape",
+    )
     add_machine_options(parser)
     results = parser.add_argument_group("results")
     results.add_argument("--output", required=True, type=Path, metavar="FOLDER")
@@ -137,13 +141,19 @@ def _evaluate(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
             load_pipeline,
             silence_libraries,
         )
+        from ditrim.runtime.result_size import parse_size
 
         engines = load_engines(
             args.engine, device=args.device, threads=args.threads, verify=args.verify
         )
         contenders = _contenders(args.policy, engines.engine_set)
         silence_libraries()
-        pipe = load_pipeline(engines.engine_set, args.pipeline, dtype=component_dtype(engines))
+        pipe = load_pipeline(
+            engines.engine_set,
+            args.pipeline,
+            dtype=component_dtype(engines),
+            scheduler=args.scheduler,
+        )
         if engines.device.type == "cuda":
             pipe.to(engines.device)
         request = EditRequest(
@@ -153,8 +163,7 @@ def _evaluate(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
             true_cfg_scale=args.true_cfg_scale,
             guidance=args.guidance,
             steps=args.steps,
-            width=args.width,
-            height=args.height,
+            size=parse_size(args.size),
         )
         _check_edits(pipe, engines, edits, request)
         lpips, lpips_note = (None, "LPIPS was left out with --no-lpips")
@@ -264,22 +273,18 @@ def _check_edits(
     """Every picture is opened once, and the pipeline takes every request."""
     from dataclasses import replace
 
-    from ditrim.runtime.pipelines import check_request
+    from ditrim.runtime.pipelines import prepare_request
 
-    inputs = engines.engine_set.manifest.graphs["front"].inputs
-    takes_guidance = any(spec.name == "guidance" for spec in inputs)
     for edit in edits:
         if not edit.prompt.strip():
             raise UsageError(f"edit {edit.name}: the prompt is empty")
         images = edit.open().images
         try:
-            check_request(
-                pipe,
-                replace(request, images=images, prompt=edit.prompt),
-                takes_guidance=takes_guidance,
+            prepare_request(
+                pipe, engines.engine_set, replace(request, images=images, prompt=edit.prompt)
             )
-        except UsageError as error:
-            raise UsageError(f"edit {edit.name}: {error}") from error
+        except (UsageError, LadderError) as error:
+            raise type(error)(f"edit {edit.name}: {error}") from error
 
 
 def _settings(
@@ -305,12 +310,12 @@ def _settings(
             "precision": manifest.precision,
             "pipeline": args.pipeline,
             "edits": args.edits,
-            "steps": args.steps or default_steps(pipe),
+            "steps": args.steps or default_steps(pipe, engines.engine_set),
             "negative_prompt": args.negative_prompt,
             "true_cfg_scale": args.true_cfg_scale,
             "guidance": args.guidance,
-            "width": args.width,
-            "height": args.height,
+            "size": args.size,
+            "scheduler": args.scheduler,
             "lpips": "AlexNet" if has_lpips else "left out",
             "machine": machine_name(engines),
             "threads": args.threads,

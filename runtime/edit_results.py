@@ -159,6 +159,7 @@ def summarise_run(run: EditRun, policy: Policy, request: EditRequest) -> dict[st
     return {
         "width": run.image.width,
         "height": run.image.height,
+        **({} if request.size is None else {"size_reason": request.size.why}),
         "policy": describe_policy(policy),
         "seed": request.seed,
         "reference_tokens": run.report.steps[0].num_reference,

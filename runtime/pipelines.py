@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditrim.plugins.errors import DitrimError, UsageError
+from ditrim.runtime.result_size import check_size, size_like
+from ditrim.runtime.schedulers import is_lightning, lightning_steps, load_scheduler
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from ditrim.engines.backend import Engines
     from ditrim.engines.engine_set import EngineSet
     from ditrim.runtime.policy import TokenGrid
+    from ditrim.runtime.result_size import ResultSize
 
 SMALL_PIPELINE = "SmallEditPipeline"
 # Pipelines that take a list of references; the others read a list as a batch.
@@ -35,7 +39,7 @@ class EditRequest:
         true_cfg_scale: its strength.
         guidance: the embedded guidance scale, for models that have one.
         steps: denoising steps.
-        width, height: of the result, in pixels.
+        size: of the result; none until `prepare_request` decides it.
         seed: of the noise, which is drawn on the CPU so that devices agree.
     """
 
@@ -45,13 +49,16 @@ class EditRequest:
     true_cfg_scale: float | None = None
     guidance: float | None = None
     steps: int | None = None
-    width: int | None = None
-    height: int | None = None
+    size: ResultSize | None = None
     seed: int = 0
 
 
 def load_pipeline(
-    engine_set: EngineSet, location: str | None = None, *, dtype: torch.dtype | None = None
+    engine_set: EngineSet,
+    location: str | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    scheduler: str | None = None,
 ) -> Any:
     """Load what surrounds the transformer: VAE, text encoder and scheduler.
 
@@ -59,15 +66,25 @@ def load_pipeline(
         engine_set: names the pipeline's class and where its weights came from.
         location: a folder or hub id; by default where the engine set's weights came from.
         dtype: of the components; the files' own by default.
+        scheduler: in place of the pipeline's, see `load_scheduler`.
 
     Returns:
         a diffusers pipeline. Its transformer is None, except for the small editor, whose weights
         are at hand and let `attach` check that they are the engine set's.
 
     Raises:
-        UsageError: there is no pipeline at that place, or it is of another class.
+        UsageError: there is no pipeline at that place, it is of another class, or there is no such
+            scheduler.
         DitrimError: it cannot be downloaded or read.
     """
+    chosen = None if scheduler is None else load_scheduler(scheduler)
+    pipe = _load(engine_set, location, dtype)
+    if chosen is not None:
+        pipe.scheduler = chosen
+    return pipe
+
+
+def _load(engine_set: EngineSet, location: str | None, dtype: torch.dtype | None) -> Any:
     manifest = engine_set.manifest
     source = manifest.source
     revision = None
@@ -100,16 +117,22 @@ def load_pipeline(
             raise UsageError(f"pipeline {folder} is a {found}, the engine set needs a {name}")
     import diffusers
 
-    options: dict[str, Any] = {} if dtype is None else {"torch_dtype": dtype}
+    where = location if folder is None else str(folder)
+    options: dict[str, Any] = {"local_files_only": folder is not None}
     if revision is not None:
         options["revision"] = revision
+    variant = source.get("variant")
     try:
-        return getattr(diffusers, name).from_pretrained(
-            location if folder is None else folder,
-            transformer=None,
-            local_files_only=folder is not None,
-            **options,
-        )
+        parts: dict[str, Any] = {"transformer": None}
+        if name.startswith("QwenImage") and importlib.util.find_spec("torchvision") is None:
+            from ditrim.runtime.qwen_processor import load_picture_processor
+
+            parts["processor"] = load_picture_processor(where, subfolder="processor", **options)
+        if dtype is not None:
+            options["torch_dtype"] = dtype
+        if variant is not None and (folder is None or _has_variant(folder, variant)):
+            options["variant"] = variant
+        return getattr(diffusers, name).from_pretrained(where, **parts, **options)
     except (OSError, ValueError) as error:
         if folder is not None:
             raise DitrimError(f"pipeline {folder} cannot be loaded: {error}") from error
@@ -136,6 +159,12 @@ def _pipeline_folder(location: str) -> Path | None:
     )
 
 
+def _has_variant(folder: Path, variant: str) -> bool:
+    """Whether a part of a pipeline beside its transformer has files of a variant."""
+    files = folder.glob(f"*/*.{variant}*.safetensors")
+    return any(file.parent.name != "transformer" for file in files)
+
+
 def _is_hub_id(location: str) -> bool:
     return location.count("/") == 1 and not location.startswith((".", "/", "~"))
 
@@ -152,21 +181,27 @@ def pipeline_name(pipe: Any) -> str:
     return type(pipe).__name__
 
 
-def default_steps(pipe: Any) -> int:
-    """Denoising steps where nobody says how many."""
+def default_steps(pipe: Any, engine_set: EngineSet) -> int:
+    """Denoising steps where nobody says how many: the pipeline's, or a distilled editor's."""
+    if is_lightning(pipe.scheduler):
+        return lightning_steps(engine_set.manifest)
     return int(_parameters(pipe)["num_inference_steps"].default)
 
 
-def check_request(pipe: Any, request: EditRequest, *, takes_guidance: bool) -> None:
-    """Check what a pipeline would ignore, misread or fail on.
+def prepare_request(pipe: Any, engine_set: EngineSet, request: EditRequest) -> EditRequest:
+    """Check what a pipeline would ignore, misread or fail on, and decide what was left open.
 
     Args:
         pipe: from `load_pipeline`.
+        engine_set: to be attached to it.
         request: to be checked.
-        takes_guidance: the transformer has guidance embeddings.
+
+    Returns:
+        the request with the steps, the guidance and the size of the result.
 
     Raises:
         UsageError: names the option.
+        LadderError: the engine set was not built for the result's size.
     """
     name = pipeline_name(pipe)
     if len(request.images) > 1 and name not in _TAKES_MANY:
@@ -174,11 +209,14 @@ def check_request(pipe: Any, request: EditRequest, *, takes_guidance: bool) -> N
             f"{len(request.images)} pictures were given with --image, and {name} takes one; "
             "several references need qwen-edit-plus or qwen-edit-2511"
         )
-    if request.guidance is not None and not takes_guidance:
+    inputs = engine_set.manifest.graphs["front"].inputs
+    if request.guidance is not None and all(spec.name != "guidance" for spec in inputs):
         raise UsageError(
             f"--guidance {request.guidance:g}: this model has no guidance embeddings; use "
             "--true-cfg-scale with --negative-prompt"
         )
+    if request.true_cfg_scale is None and is_lightning(pipe.scheduler):
+        request = replace(request, true_cfg_scale=1.0)
     scale = request.true_cfg_scale
     if scale is None:
         scale = float(_parameters(pipe)["true_cfg_scale"].default)
@@ -187,11 +225,13 @@ def check_request(pipe: Any, request: EditRequest, *, takes_guidance: bool) -> N
             f"--negative-prompt has no effect at a true-cfg-scale of {scale:g}: give "
             "--true-cfg-scale above 1"
         )
-    unit = _pixel_unit(pipe)
-    for option, value in (("--width", request.width), ("--height", request.height)):
-        if value is not None and (value < unit or value % unit):
-            near = max(1, round(value / unit)) * unit
-            raise UsageError(f"{option} {value} is not a multiple of {unit}; the nearest is {near}")
+    size = request.size
+    if size is not None:
+        check_size(size, _pixel_unit(pipe), engine_set)
+    elif name != SMALL_PIPELINE:
+        size = size_like(request.images[0].size, pipe, _pixel_unit(pipe), engine_set)
+    steps = request.steps or default_steps(pipe, engine_set)
+    return replace(request, size=size, steps=steps)
 
 
 def _pixel_unit(pipe: Any) -> int:
@@ -212,7 +252,7 @@ def run_edit(
 
     Args:
         pipe: from `load_pipeline`.
-        request: passed `check_request`.
+        request: from `prepare_request`.
         on_step: told the steps done and the steps in all, after each.
 
     Raises:
@@ -244,15 +284,12 @@ def run_edit(
         "true_cfg_scale": request.true_cfg_scale,
         "guidance_scale": request.guidance,
         "num_inference_steps": request.steps,
-        "width": request.width,
-        "height": request.height,
     }
     call |= {key: value for key, value in optional.items() if value is not None}
-    if "max_area" in _parameters(pipe) and (request.width or request.height):
-        # Kontext scales the size it is given to this area.
-        usual = int(pipe.default_sample_size) * int(pipe.vae_scale_factor)
-        width, height = request.width or usual, request.height or usual
-        call |= {"width": width, "height": height, "max_area": width * height}
+    if request.size is not None:
+        call |= {"width": request.size.width, "height": request.size.height}
+        if "max_area" in _parameters(pipe):  # Kontext scales the size it is given to this area
+            call["max_area"] = request.size.width * request.size.height
     scale = request.true_cfg_scale
     if scale is not None and scale > 1.0 and request.negative_prompt is None:
         call["negative_prompt"] = " "  # as the Qwen-Image-Edit model card does

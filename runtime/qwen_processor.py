@@ -12,7 +12,7 @@ from typing import Any
 from transformers import Qwen2VLProcessor
 
 
-class PictureProcessor(Qwen2VLProcessor):
+class PictureProcessor(Qwen2VLProcessor):  # type: ignore[misc]
     """Prepares prompts and pictures as `Qwen2VLProcessor` does; takes no videos."""
 
     def __init__(

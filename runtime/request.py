@@ -154,16 +154,14 @@ class Request:
         Args:
             timestep: (B,) in [0, 1].
         """
-        is_known = self._times is not None and self._step < len(self._times)
-        if is_known and self._step > 0 and timestep.device.type != "cpu":
-            assert self._times is not None
-            return self._times[self._step]
+        times = self._times
+        is_known = times is not None and 0 < self._step < len(times)
+        if times is not None and is_known and timestep.device.type != "cpu":
+            return times[self._step]
         time = float(timestep.reshape(-1)[0])
-        if self._times is not None and self._step == 0 and not self.is_in_step:
-            nearest = min(
-                range(len(self._times)), key=lambda i: abs(self._times[i] - time), default=0
-            )
-            self._times = self._times[nearest:]
+        if times and self._step == 0 and not self.is_in_step:
+            distances = [abs(known - time) for known in times]
+            self._times = times[distances.index(min(distances)) :]
         return time
 
     def begin_step(self, time: float) -> None:

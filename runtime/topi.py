@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 from ditrim.plugins.errors import UsageError
 from ditrim.runtime.policy import (
     SCORES,
     CallView,
     PlainReducer,
-    Reducer,
     Reduction,
     check_count,
     check_share,
@@ -97,7 +96,7 @@ class ToPi(PlainReducer):
                 )
         object.__setattr__(self, "_schedule", Schedule(interval=self.interval, warmup=self.warmup))
 
-    def begin(self, num_steps: int | None = None) -> Reducer:
+    def begin(self, num_steps: int | None = None) -> Self:
         """See `Policy.begin`."""
         if self.interval is not None or num_steps is None:
             return self

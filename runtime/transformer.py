@@ -150,11 +150,11 @@ class OpenRequest:
         """
         request = self.request
         time = request.time_of(timestep)
-        if request.is_in_step and not self.is_watched:
-            assert request.time is not None
-            if time > request.time:
+        began = request.time
+        if began is not None and not self.is_watched:
+            if time > began:
                 request = self.begin()
-            elif time < request.time or (self.branch and request.has_run(self.branch)):
+            elif time < began or (self.branch and request.has_run(self.branch)):
                 request.end_step()
         if not request.is_in_step:
             request.begin_step(time)

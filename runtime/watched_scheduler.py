@@ -28,7 +28,8 @@ def watch_scheduler(scheduler: Any, opened: OpenRequest) -> Any:
         scheduler: of diffusers; its class is a plain one with a `__dict__`.
         opened: told of requests that begin and of steps that end.
     """
-    kind = _watched_class(type(scheduler))
+    base: Any = type(scheduler)
+    kind = _watched_class(base)
     view = kind.__new__(kind)
     view.__dict__ = scheduler.__dict__
     view._plain, view._opened = scheduler, opened
@@ -36,7 +37,7 @@ def watch_scheduler(scheduler: Any, opened: OpenRequest) -> Any:
 
 
 @functools.cache
-def _watched_class(base: type[Any]) -> type[Any]:
+def _watched_class(base: Any) -> Any:
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = base.set_timesteps(self, *args, **kwargs)
         # Every pipeline served here divides them by 1000.

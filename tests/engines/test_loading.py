@@ -192,14 +192,42 @@ def test_a_load_that_failed_is_tried_again(folder: Path, monkeypatch: pytest.Mon
     assert run(load_engines(folder, device="cpu"))
 
 
-def test_a_forked_child_does_not_get_the_engines_of_its_parent(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = load_engines(folder, device="cpu")
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "getpid", lambda: 1)
-        assert load_engines(folder, device="cpu") is not first
-    assert load_engines(folder, device="cpu") is first
+_FORKING = """
+import os, sys
+from ditrim.engines.load import load_engines
+from ditrim.plugins.errors import BackendError
+engines = load_engines(sys.argv[1], device="cpu", threads=2)
+use = {"load": lambda: load_engines(sys.argv[1], device="cpu", threads=2),
+       "run": lambda: engines.run("front", {}, {})}[sys.argv[2]]
+child = os.fork()
+if child == 0:
+    try:
+        use()
+    except BackendError as error:
+        print(error, flush=True)
+        os._exit(3)
+    os._exit(0)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.parametrize("use", ["load", "run"])
+def test_a_forked_child_is_told_to_be_spawned_and_never_hangs(folder: Path, use: str) -> None:
+    command = [sys.executable, "-c", _FORKING, str(folder), use]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    told, code = done.stdout.strip().splitlines()
+    assert "spawn" in told
+    assert code == "3"
+
+
+def test_a_child_that_loads_after_the_fork_runs(folder: Path) -> None:
+    script = _FORKING.replace("engines = ", "engines = None if os.environ.get('LATE') else ")
+    command = [sys.executable, "-c", script, str(folder), "load"]
+    environment = {**os.environ, "LATE": "1"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=60, check=True, env=environment
+    )
+    assert done.stdout.split() == ["0"]
 
 
 def test_threads_that_open_a_set_at_once_load_it_once(
