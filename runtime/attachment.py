@@ -34,12 +34,13 @@ class Attachment:
         self.pipe = pipe
         self.transformer = transformer
         self._original = pipe.transformer
-        self._original_class: Any = type(pipe)
+        base: Any = type(pipe)
+        self._original_class = base
         config = getattr(pipe, "config", {})
         self._original_entry = config.get("transformer")
         self._is_attached = True
         try:
-            pipe.__class__ = _attached_class(self._original_class)
+            pipe.__class__ = _attached_class(base)
         except TypeError as error:
             raise UsageError(
                 f"{self._original_class.__name__} cannot be attached to: instances of its class "

@@ -98,7 +98,7 @@ def size_like(picture: tuple[int, int], pipe: Any, unit: int, engine_set: Engine
 
 
 def _limit(engine_set: EngineSet) -> int:
-    limit: int = engine_set.manifest.limits.noisy_tokens
+    limit: int = engine_set.manifest.limits.noisy
     return limit
 
 
