@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditrim.engines.build_task import BuildTask
-from ditrim.engines.fingerprints import encode_samples, samples_of, samples_of_file
 from ditrim.engines.manifest import GraphSpec, TensorSpec
 from ditrim.engines.options import BuildOptions
 from ditrim.engines.profiles import plan_roles
@@ -62,14 +61,23 @@ class _Samples:
 
     def add_files(self, checkpoint: Checkpoint) -> None:
         """Take those of every tensor of a checkpoint."""
+        from ditrim.engines.fingerprints import encode_samples, samples_of_file
         from ditrim.export.tensor_header import read_headers
 
         for file, header in read_headers(checkpoint).items():
             sampled = samples_of_file(checkpoint.folder / file, header)
             self.weights |= {name: encode_samples(values) for name, values in sampled.items()}
 
+    def add_weight(self, name: str, weight: torch.Tensor) -> None:
+        """Take those of a weight in memory."""
+        from ditrim.engines.fingerprints import encode_samples, samples_of
+
+        self.weights[name] = encode_samples(samples_of(weight))
+
     def add_merged(self, name: str, weight: torch.Tensor) -> None:
         """Take those of a weight that LoRAs changed."""
+        from ditrim.engines.fingerprints import encode_samples, samples_of
+
         self.merged[name] = encode_samples(samples_of(weight))
 
 
@@ -273,7 +281,7 @@ def _load(writing: _Writing, folder: Path, progress: Progress) -> Any:
         )
     transformer = _random(options, source, count)
     for name, value in transformer.state_dict().items():
-        samples.weights[name] = encode_samples(samples_of(value))
+        samples.add_weight(name, value)
         if name in merge:
             value.copy_(merged(name, value))
     return nn.Module.to(transformer, writing.dtype)

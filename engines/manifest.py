@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from ditrim.engines.fingerprints import decode_samples
 from ditrim.engines.ladder import Ladder
 from ditrim.engines.profiles import PLAN_ROLES, AxisRange, ProfileSpec
 from ditrim.plugins.errors import EngineSetError, LadderError
@@ -21,6 +21,7 @@ ARCHITECTURES = ("qwen", "flux")
 WEIGHTS = ("included", "stripped")
 AXES = ("batch", "noisy", "reference", "text", "rows")
 _SEAL = "manifest_sha256"
+_SAMPLE_BYTES = 4
 _T = TypeVar("_T")
 
 
@@ -346,9 +347,11 @@ def _samples_from(reader: _Reader, key: str) -> dict[str, str]:
     content = reader.take(key, dict)
     for name, text in content.items():
         try:
-            decode_samples(_text(text, f"{key}.{name}"))
+            num_bytes = len(base64.b64decode(_text(text, f"{key}.{name}"), validate=True))
         except ValueError as error:
             raise EngineSetError(f"{MANIFEST_NAME}: key '{key}.{name}': {error}") from error
+        if num_bytes % _SAMPLE_BYTES:
+            raise EngineSetError(f"{MANIFEST_NAME}: key '{key}.{name}' holds no float32 values")
     return content
 
 

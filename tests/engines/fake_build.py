@@ -18,6 +18,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from ditrim.engines import build, staging
+from ditrim.engines.graph_files import WrittenGraphs
 from ditrim.engines.manifest import GraphSpec, TensorSpec
 
 OPTIONS = {"weights": "random", "max_noisy_tokens": 16, "max_reference_tokens": 24}
@@ -55,14 +56,15 @@ def write_graph(folder: Path, role: str, num_bytes: int = WEIGHT_BYTES) -> Graph
     )
 
 
-def write_graphs(task: Any, folder: Path, progress: Any) -> tuple[dict[str, GraphSpec], Any]:
+def write_graphs(task: Any, folder: Path, progress: Any) -> WrittenGraphs:
     """In place of `build.write_graphs`; every other byte depends on the seed."""
     graphs = {}
     for role in ("front", "back"):
         progress.stage(f"Trace {role}")
         graphs[role] = write_graph(folder, role, int(os.environ.get("FAKE_BYTES", WEIGHT_BYTES)))
         progress.stage(f"Write {role}")
-    return graphs, {"num_layers": task.split.num_layers, "seed": task.source.seed}
+    config = {"num_layers": task.split.num_layers, "seed": task.source.seed}
+    return WrittenGraphs(graphs=graphs, config=config, weights={}, merged_weights={})
 
 
 def _signal_at(moment: str, number: int) -> None:

@@ -91,7 +91,7 @@ def test_pipeline_folder_and_transformer_folder_are_the_same_source(pipeline_fol
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ("nowhere", r"--weights 'nowhere' is neither a folder that exists, nor a hub id"),
+        ("nowhere", r"--weights 'nowhere' is neither a folder or file that exists, nor a hub id"),
         ("./nowhere", r"checkpoint nowhere does not exist; pass a folder"),
         ("/no/where/at/all", r"checkpoint /no/where/at/all does not exist"),
     ],
@@ -226,7 +226,7 @@ def test_planned_configuration_fetches_nothing(
     folder = planned_config(BuildOptions(weights=str(pipeline_folder)))
     assert folder["num_layers"] == 3
     assert planned_config(BuildOptions(weights="random", num_layers=7))["num_layers"] == 7
-    with pytest.raises(CheckpointError, match="neither a folder that exists"):
+    with pytest.raises(CheckpointError, match="neither a folder or file that exists"):
         planned_config(BuildOptions(weights="nowhere"))
 
 

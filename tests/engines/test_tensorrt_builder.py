@@ -487,9 +487,9 @@ def test_job_holds_the_shapes_of_every_profile(tmp_path: Path) -> None:
         rungs=2,
         opt_batch=2,
     ).job()
-    assert job["profiles"] == [{"noisy": [(1, 1, 8), (2, 4096, 8), (4, 4096, 8)]}] * 2
+    assert job["profiles"] == [{"noisy": [(1, 1, 8), (2, 4096, 8), (4, 4272, 8)]}] * 2
     assert (job["workspace"], job["optimization_level"]) == (8 << 30, 4)
-    assert job["scored_rows"] == 4096
+    assert job["scored_rows"] == 4272
     assert json.loads(json.dumps(job))["backend"] == "tensorrt-rtx"
 
 
@@ -497,7 +497,7 @@ def test_job_holds_the_shapes_of_every_profile(tmp_path: Path) -> None:
 FAILURES = [
     (
         "IBuilder::buildSerializedNetwork: Error Code 2: OutOfMemory (Requested size was 22.)",
-        r"memory ran out\. Now: 8 rungs up to 4096 reference tokens, 4096 noisy and 1024 text "
+        r"memory ran out\. Now: 8 rungs up to 4272 reference tokens, 4272 noisy and 2459 text "
         r"tokens, batch 4\. To use less, lower --max-batch, --resolution .*--rungs or --workspace",
     ),
     (

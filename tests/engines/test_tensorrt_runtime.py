@@ -653,10 +653,10 @@ def test_what_is_not_finite_is_noticed_at_the_next_anchor(output: str, truth: An
 def test_latents_on_a_device_are_looked_at_on_anchor_steps(
     truth: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ditrim.runtime import denoiser
+    from ditrim.runtime import request as requests
 
     # On a GPU it does not look at the values of later steps.
-    monkeypatch.setattr(denoiser, "check_inputs", lambda *_, **__: None)
+    monkeypatch.setattr(requests, "check_inputs", lambda *_, **__: None)
 
     def spoil(pipe: Any, step: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:
         values["latents"][:] = float("inf")
