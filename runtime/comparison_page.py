@@ -122,8 +122,8 @@ def _facts(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     edits = f"{len(results['edits'])} from {fixed['edits']}"
     asked = ", ".join(
         f"{key.replace('_', ' ')} {fixed[key]}"
-        for key in ("true_cfg_scale", "negative_prompt", "guidance", "width", "height")
-        if fixed[key] is not None
+        for key in ("true_cfg_scale", "negative_prompt", "guidance", "size", "scheduler")
+        if fixed.get(key) not in (None, "auto")
     )
     facts = [
         ("engine set", f"{fixed['model']} {fixed['engine'][:12]}, {fixed['precision']}"),

@@ -18,10 +18,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_pipelines import tiny_pipeline
 
+from ditrim.engines.engine_set import load_engine_set
 from ditrim.plugins.errors import DitrimError, UsageError
 from ditrim.runtime.cli import main
-from ditrim.runtime.pipelines import EditRequest, check_request, load_pipeline
+from ditrim.runtime.pipelines import EditRequest, load_pipeline, prepare_request
 from ditrim.runtime.small_editor.evaluation import measure_psnr
 
 PROGRAM = "import sys; from ditrim.runtime.cli import main; sys.exit(main())"
@@ -267,12 +269,13 @@ def test_true_guidance_without_a_negative_prompt_runs_a_second_branch(
     [
         ({"negative_prompt": "blur"}, "--negative-prompt has no effect at a true-cfg-scale of 1"),
         ({"guidance": 3.5}, "--guidance 3.5: this model has no guidance embeddings"),
-        ({"width": 50}, "--width 50 is not a multiple of 4; the nearest is 48"),
+        ({"size": "50x48"}, "--size 50x48: 50 is not a multiple of 4; the nearest size is 48x48"),
+        ({"size": "large"}, "--size 'large' is neither WxH in pixels, as 1024x768, nor auto"),
         ({"device": "tpu"}, "device 'tpu' is not one of auto, cpu, cuda, cuda:N"),
         ({"pipeline": "nowhere/at/all"}, "is neither a folder that exists nor a hub id"),
         (
-            {"width": 96, "height": 96},
-            "noisy tokens: 576 is more than the engine set was built for",
+            {"size": "96x96"},
+            "--size 96x96 makes 576 tokens, and the engine set was built for 144; choose a smaller",
         ),
     ],
 )
@@ -418,19 +421,15 @@ def test_latents_that_become_infinite_stop_the_edit(
     assert not (tmp_path / "out.png").exists()
 
 
-def named(name: str, **members: Any) -> Any:
-    """A stand-in for a pipeline of this class name."""
-
-    def call(self: Any, true_cfg_scale: float = 4.0, num_inference_steps: int = 50) -> None: ...
-
-    return type(name, (), {"__call__": call, "vae_scale_factor": 8, **members})()
-
-
-def test_second_picture_for_a_pipeline_that_takes_one_is_refused() -> None:
+def test_second_picture_for_a_pipeline_that_takes_one_is_refused(tiny_engine_sets: Any) -> None:
     request = EditRequest(images=(drawn_source(), drawn_source()), prompt="x")
-    with pytest.raises(UsageError, match=r"2 pictures were given with --image.*takes one"):
-        check_request(named("QwenImageEditPipeline"), request, takes_guidance=False)
-    check_request(named("QwenImageEditPlusPipeline"), request, takes_guidance=False)
+    for family, is_taken in (("qwen-edit", False), ("qwen-edit-plus", True)):
+        pipe, engine_set = tiny_pipeline(family), load_engine_set(tiny_engine_sets(family))
+        if is_taken:
+            assert prepare_request(pipe, engine_set, request).size is not None
+            continue
+        with pytest.raises(UsageError, match=r"2 pictures were given with --image.*takes one"):
+            prepare_request(pipe, engine_set, request)
 
 
 def test_random_weights_need_to_be_told_a_pipeline() -> None:
@@ -479,7 +478,7 @@ def test_hub_pipeline_that_cannot_be_had_is_named(monkeypatch: pytest.MonkeyPatc
 
 def save_kontext_pipeline(folder: Path) -> None:
     """A whole Kontext pipeline with tiny random parts, text encoders and tokenizers included."""
-    from tiny_pipelines import POOLED_WIDTH, TEXT_WIDTH, tiny_pipeline
+    from tiny_pipelines import POOLED_WIDTH, TEXT_WIDTH
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (
         CLIPTextConfig,
@@ -555,7 +554,7 @@ def test_kontext_pipeline_is_found_beside_the_weights_and_agrees_with_torch(
         np.random.default_rng(0).integers(0, 256, (80, 120, 3), dtype=np.uint8)
     )
     picture.save(source)
-    size = {"width": 64, "height": 64}
+    size = {"size": "64x64"}
     mask, report = tmp_path / "mask.png", tmp_path / "report.json"
     code, content, shown = edit(
         "--compare-full",
@@ -582,7 +581,8 @@ def test_kontext_pipeline_is_found_beside_the_weights_and_agrees_with_torch(
         guidance_scale=2.5,
         generator=torch.Generator().manual_seed(0),
         max_area=64 * 64,
-        **size,
+        width=64,
+        height=64,
     ).images[0]
     found = np.asarray(Image.open(tmp_path / "out.png"))
     assert found.shape == np.asarray(expected).shape == (64, 64, 3)

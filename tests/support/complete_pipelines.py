@@ -116,12 +116,14 @@ def randomise(model: Any, seed: int) -> Any:
     """Give every parameter a value that matters, of a size that keeps activations near 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() > 1:
                 parameter.copy_(0.7 * noise * parameter[0].numel() ** -0.5)
-            else:
-                parameter.add_(0.1 * noise)
+            elif name.endswith("bias"):
+                parameter.copy_(0.1 * noise)
+            else:  # of a norm
+                parameter.copy_(1 + 0.1 * noise)
     return model.eval()
 
 
@@ -219,13 +221,19 @@ def _qwen_parts(seed: int) -> dict[str, Any]:
     )
     processor = Qwen2VLImageProcessor(min_pixels=3136, max_pixels=12845056)
     # The mean and deviation of the latents are the class's defaults, which are the released ones.
-    vae = AutoencoderKLQwenImage(base_dim=4, dim_mult=[1, 2, 2, 2], num_res_blocks=1)
+    vae = AutoencoderKLQwenImage(base_dim=2, dim_mult=[1, 1, 1, 1], num_res_blocks=0)
     return {
         "vae": randomise(vae, seed + 1),
         "text_encoder": randomise(Qwen2_5_VLForConditionalGeneration(config), seed + 2),
         "tokenizer": tokenizer,
         "processor": PictureProcessor(image_processor=processor, tokenizer=tokenizer),
     }
+
+
+def _merges_of(word: str) -> list[tuple[str, str]]:
+    """Merges by which a word becomes one token, from its first letter on."""
+    parts = [*word[:-1], f"{word[-1]}</w>"]
+    return [("".join(parts[:index]), parts[index]) for index in range(1, len(parts))]
 
 
 def _flux_parts(seed: int) -> dict[str, Any]:
@@ -241,9 +249,14 @@ def _flux_parts(seed: int) -> dict[str, Any]:
     letters = [chr(code) for code in range(33, 127)]
     words = sorted(set(_WORDS.split()))
     ends = [f"{letter}</w>" for letter in letters]
-    names = [*letters, *ends, "<|startoftext|>", "<|endoftext|>"]
+    merges = [pair for word in words for pair in _merges_of(word)]
+    learned = ["".join(pair) for pair in dict.fromkeys(merges)]
+    names = [*letters, *ends, *learned, "<|startoftext|>", "<|endoftext|>"]
+    names = list(dict.fromkeys(names))
     tokenizer = CLIPTokenizer(
-        vocab={name: index for index, name in enumerate(names)}, merges=[], model_max_length=77
+        vocab={name: index for index, name in enumerate(names)},
+        merges=list(dict.fromkeys(merges)),
+        model_max_length=77,
     )
     pieces = ["<pad>", "</s>", "<unk>", "▁", *letters, *(f"▁{word}" for word in words)]
     tokenizer_2 = T5TokenizerFast(
