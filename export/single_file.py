@@ -9,6 +9,7 @@ on the disk once more.
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,24 +153,23 @@ def convert_single_file(described: Checkpoint, family: Family, folder: Path) -> 
     path = described.folder / described.weights[0]
     header = read_header(path)
     dtype = _dtype_of(header)
-    configured = folder.with_name(f"{folder.name}.config")
-    configured.mkdir()
-    (configured / "config.json").write_text(json.dumps(dict(described.config)), "utf-8")
     weights = {
         name.removeprefix(_PREFIX): value
         for name, value in load_file(path).items()
         if name.removeprefix(_PREFIX) != _ZERO_TIME
     }
     num_values = sum(value.numel() for value in weights.values())
-    try:
-        model = getattr(diffusers, family.transformer_class).from_single_file(
-            weights, config=str(configured), torch_dtype=dtype, local_files_only=True
-        )
-    except (KeyError, ValueError, RuntimeError, OSError) as error:
-        raise CheckpointError(
-            f"checkpoint {path} cannot be converted by diffusers ({error}); pass a folder in the "
-            "diffusers layout"
-        ) from error
+    with tempfile.TemporaryDirectory() as configured:
+        (Path(configured) / "config.json").write_text(json.dumps(dict(described.config)), "utf-8")
+        try:
+            model = getattr(diffusers, family.transformer_class).from_single_file(
+                weights, config=configured, torch_dtype=dtype, local_files_only=True
+            )
+        except (KeyError, ValueError, RuntimeError, OSError) as error:
+            raise CheckpointError(
+                f"checkpoint {path} cannot be converted by diffusers ({error}); pass a folder in "
+                "the diffusers layout"
+            ) from error
     empty = [name for name, value in model.named_parameters() if value.device.type == "meta"]
     taken = sum(value.numel() for value in model.parameters())
     if empty or taken != num_values:

@@ -327,8 +327,8 @@ def _draw_speedup(estimate: ScheduleEstimate) -> str:
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_xlabel(
-        f"reference tokens kept; {estimate.schedule.steps} steps, interval "
-        f"{estimate.schedule.interval}"
+        f"reference tokens kept; {estimate.schedule.steps} steps, "
+        f"{estimate.schedule.anchors_in_words()}"
     )
     axes.set_ylabel("times as fast as the full context")
     _legend_above(axes, 2)

@@ -29,7 +29,8 @@ class RunSchedule:
 
     Attributes:
         steps: of the run.
-        interval: from one anchor to the next.
+        interval: from one anchor to the next; none means the policies' own placement (see
+            `Schedule`).
         warmup: full steps before the first anchor.
         kept: share of the reference tokens that reduced steps run on.
         branches: model calls a step, 2 with true classifier-free guidance.
@@ -39,7 +40,7 @@ class RunSchedule:
     """
 
     steps: int
-    interval: int = 10
+    interval: int | None = None
     warmup: int = 0
     kept: float
     branches: int = 1
@@ -55,7 +56,7 @@ class RunSchedule:
             value = getattr(self, name)
             if value is not None and not 0.0 <= value <= 1.0:
                 raise UsageError(f"{name} must lie in [0, 1], got {value}")
-        Schedule(interval=self.interval, warmup=self.warmup)
+        self._schedule()
         if self.warmup >= self.steps:
             raise UsageError(
                 f"warmup must be less than steps ({self.steps}), got {self.warmup}: no anchor is "
@@ -64,11 +65,18 @@ class RunSchedule:
 
     def roles(self) -> dict[str, int]:
         """How many calls of each role."""
-        schedule = Schedule(interval=self.interval, warmup=self.warmup)
+        schedule = self._schedule()
         counts = {"full": 0, "anchor": 0, "reduced": 0}
         for step in range(self.steps):
             counts[schedule.role(step)] += self.branches
         return counts
+
+    def anchors_in_words(self) -> str:
+        """Where the anchors are, as "interval 10"."""
+        return "default anchors" if self.interval is None else f"interval {self.interval}"
+
+    def _schedule(self) -> Schedule:
+        return Schedule(interval=self.interval, warmup=self.warmup, num_steps=self.steps)
 
 
 _KINDS: dict[str, Callable[[str], Any]] = {
@@ -212,15 +220,16 @@ def _schedule_of(branches: list[list[str]], kept: float) -> RunSchedule | None:
     if not anchors or any(other != roles for other in branches[1:]):
         return None
     warmup, steps = anchors[0], len(roles)
-    interval = anchors[1] - anchors[0] if len(anchors) > 1 else max(1, steps - warmup)
-    schedule = Schedule(interval=interval, warmup=warmup)
     if steps > _MOST_STEPS or len(branches) > _MOST_BRANCHES:
         return None
-    if any(schedule.role(step) != role for step, role in enumerate(roles)):
-        return None
-    return RunSchedule(
-        steps=steps, interval=interval, warmup=warmup, kept=kept, branches=len(branches)
-    )
+    spaced = anchors[1] - anchors[0] if len(anchors) > 1 else max(1, steps - warmup)
+    for interval in (spaced, None):
+        schedule = Schedule(interval=interval, warmup=warmup, num_steps=steps)
+        if all(schedule.role(step) == role for step, role in enumerate(roles)):
+            return RunSchedule(
+                steps=steps, interval=interval, warmup=warmup, kept=kept, branches=len(branches)
+            )
+    return None
 
 
 class StepTimes:

@@ -169,7 +169,7 @@ def schedule_lines(estimates: Sequence[ScheduleEstimate], profile: Profile) -> s
         warmup = f", {schedule.warmup} warm-up steps" * (schedule.warmup > 0)
         branches = f", {schedule.branches} branches" * (schedule.branches > 1)
         lines += [
-            f"{schedule.steps} steps, interval {schedule.interval}{warmup}{branches}, {kept}, "
+            f"{schedule.steps} steps, {schedule.anchors_in_words()}{warmup}{branches}, {kept}, "
             f"on {profile.machine['name']}: {profile.size_text(estimate.geometry)}",
             f"  {roles}: {number(estimate.run_ms[1] / 1e3)} s "
             f"[{number(estimate.run_ms[0] / 1e3)}, {number(estimate.run_ms[2] / 1e3)}], full "

@@ -323,7 +323,7 @@ class Request:
         changed = self._reducer.regroup(view)
         if changed is not None:
             kept = changed.kept
-            if kept is not None:
+            if kept is not None and (own is None or not _is_same(kept, own.kept)):
                 call.selected = _with_entries(call, kept, front)
             return changed, None
         if standing is None or standing.kept is None:
@@ -493,6 +493,14 @@ def _scattered(parts: list[Tensor], order: Tensor | None) -> Tensor:
     result = torch.empty_like(joined)
     result[order.to(joined.device)] = joined
     return result
+
+
+def _is_same(kept: Tensor, other: Tensor | None) -> bool:
+    """Whether two selections are equal; different tensors on a device are not compared."""
+    if other is None or kept is other:
+        return kept is other
+    is_near = kept.device.type == "cpu" and other.device.type == "cpu"
+    return is_near and torch.equal(kept, other)
 
 
 def _with_entries(call: _Call, kept: Tensor, front: FrontResult) -> Tensor:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ditrim.plugins.errors import DitrimError, UsageError
 from ditrim.runtime.draws import generator_of
@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 # The bias omega (Sec. 4.1: PIEBench; GEdit-Bench had 0.3 for Qwen), and the steps with all tokens
 # at the start, of 50 for Qwen and of 28 for FLUX.
 DEFAULTS = {"qwen-edit": (0.1, 4), "flux-kontext": (0.4, 2)}
+# The same for distilled editors of eight steps, whatever the model.
+FEW_STEPS = (0.0, 2)
+_PRESETS = ("paper", "few-steps")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,8 +59,10 @@ class TokenDrop:
 
     Attributes:
         model: the engine set's model, for the two defaults below.
-        omega: bias of the threshold, larger keeps more; none means the paper's for the model.
-        full_steps: steps with all tokens at the start; none means the paper's for the model.
+        preset: what the next two are where they are none: "paper", by the model, for schedules of
+            some tens of steps; or "few-steps", the paper's for distilled editors of eight steps.
+        omega: bias of the threshold, larger keeps more.
+        full_steps: steps with all tokens at the start.
         regularise: update by Eq. 12; otherwise the scheduler's own step.
         random: as many tokens of the source, chosen at random (Sec. 3.1, Table 1).
         dense_if_non_local: serve edits of the whole picture with all tokens; see `is_non_local`.
@@ -69,6 +74,7 @@ class TokenDrop:
     """
 
     model: str = "qwen-edit"
+    preset: Literal["paper", "few-steps"] = "paper"
     omega: float | None = None
     full_steps: int | None = None
     regularise: bool = True
@@ -89,18 +95,23 @@ class TokenDrop:
         if self.num_bins is not None:
             check_count("num_bins", self.num_bins, 2)
         check_count("seed", self.seed, 0)
+        if self.preset not in _PRESETS:
+            raise UsageError(f"preset must be one of {', '.join(_PRESETS)}, got {self.preset!r}")
         if None in (self.omega, self.full_steps):
-            _defaults_of(self.model)
+            self._defaults()
 
     @property
     def bias(self) -> float:
         """The omega that is used."""
-        return _defaults_of(self.model)[0] if self.omega is None else self.omega
+        return self._defaults()[0] if self.omega is None else self.omega
 
     @property
     def num_full_steps(self) -> int:
         """The steps with all tokens at the start."""
-        return _defaults_of(self.model)[1] if self.full_steps is None else self.full_steps
+        return self._defaults()[1] if self.full_steps is None else self.full_steps
+
+    def _defaults(self) -> tuple[float, int]:
+        return FEW_STEPS if self.preset == "few-steps" else _defaults_of(self.model)
 
     def begin(self, num_steps: int | None = None) -> Reducer:
         """See `Policy.begin`."""
@@ -261,7 +272,7 @@ def _why_no_source(step: StepView) -> str:
 
 
 def _defaults_of(model: str) -> tuple[float, int]:
-    family = "qwen-edit" if model.startswith("qwen-edit") else model
+    family = "qwen-edit" if model.startswith(("qwen-edit", "firered-edit")) else model
     if family not in DEFAULTS:
         raise UsageError(
             f"the paper gives no omega and full_steps for {model!r}, only for "

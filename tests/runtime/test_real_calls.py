@@ -132,9 +132,7 @@ def test_short_and_long_prompts_are_served(family: str, num_words: int, world: W
 
 
 @pytest.mark.parametrize("family", ["qwen-edit-plus", "flux-kontext"])
-def test_true_guidance_and_several_pictures_a_prompt_are_served(
-    family: str, world: Worlds
-) -> None:
+def test_true_guidance_and_several_pictures_a_prompt_are_served(family: str, world: Worlds) -> None:
     guided = {"negative_prompt": prompt_of(3), "true_cfg_scale": 3.0}
     assert world(family).difference(**guided, num_images_per_prompt=2) < LIMIT
 
