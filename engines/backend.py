@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     import torch
 
-    from ditrim.engines.engine_set import EngineSet
+    from ditrim.engines.sets.engine_set import EngineSet
 
 
 class Engines(Protocol):

@@ -16,10 +16,10 @@ import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ditrim.engines.engine_set import EngineSet, load_engine_set
 from ditrim.engines.forking import check_not_forked, note_loaded
-from ditrim.engines.manifest import MANIFEST_NAME
-from ditrim.engines.staging import recover
+from ditrim.engines.sets.engine_set import EngineSet, load_engine_set
+from ditrim.engines.sets.manifest import MANIFEST_NAME
+from ditrim.engines.sets.staging import recover
 from ditrim.plugins.errors import EngineSetError, UsageError
 
 if TYPE_CHECKING:
@@ -103,11 +103,11 @@ def load_engines(
 def _load(engine_set: EngineSet, options: dict[str, Any]) -> Any:
     backend = engine_set.manifest.backend
     if backend == "onnxruntime":
-        from ditrim.engines.onnxruntime import OnnxRuntimeEngines
+        from ditrim.engines.backends.onnxruntime.engines import OnnxRuntimeEngines
 
         return OnnxRuntimeEngines(engine_set, **options)
     if backend in ("tensorrt", "tensorrt-rtx"):
-        from ditrim.engines.tensorrt import TensorRTEngines
+        from ditrim.engines.backends.tensorrt.engines import TensorRTEngines
 
         return TensorRTEngines(engine_set, **options)
     raise UsageError(
@@ -132,7 +132,7 @@ def _key(engine_set: EngineSet, options: dict[str, Any]) -> tuple[Any, ...]:
 def _device_name(backend: str, device: str) -> str:
     """One name for each device, whatever the caller called it."""
     if backend == "onnxruntime":
-        from ditrim.engines.onnxruntime import choose_device
+        from ditrim.engines.backends.onnxruntime.engines import choose_device
 
         return str(choose_device(device)[0])
     return {"auto": "cuda:0", "cuda": "cuda:0"}.get(device, device)

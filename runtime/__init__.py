@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ditrim.engines.load import load_engines
     from ditrim.runtime.attachment import Attachment, attach, detach
-    from ditrim.runtime.auto import Auto
-    from ditrim.runtime.baselines import RandomDrop, ToMA, ToMeSD
-    from ditrim.runtime.cache_calibration import load_tea_cache
-    from ditrim.runtime.importance_merge import ImportanceMerge
+    from ditrim.runtime.caches.calibration import load_tea_cache
+    from ditrim.runtime.caches.step_cache import StepCache, TeaCache
+    from ditrim.runtime.policies.auto import Auto
+    from ditrim.runtime.policies.baselines import RandomDrop, ToMA, ToMeSD
+    from ditrim.runtime.policies.importance_merge import ImportanceMerge
+    from ditrim.runtime.policies.tokendrop import TokenDrop
+    from ditrim.runtime.policies.topi import CoverageToPi, ToPi
     from ditrim.runtime.policy import FullContext, Policy
     from ditrim.runtime.report import RunReport, StepRecord
     from ditrim.runtime.session import EditSession, EditStep, SessionState
-    from ditrim.runtime.step_cache import StepCache, TeaCache
-    from ditrim.runtime.tokendrop import TokenDrop
-    from ditrim.runtime.topi import CoverageToPi, ToPi
     from ditrim.runtime.transformer import EngineTransformer
 
 __all__ = [
@@ -51,28 +51,28 @@ __all__ = [
 
 _HOMES = {
     "Attachment": "ditrim.runtime.attachment",
-    "Auto": "ditrim.runtime.auto",
-    "CoverageToPi": "ditrim.runtime.topi",
+    "Auto": "ditrim.runtime.policies.auto",
+    "CoverageToPi": "ditrim.runtime.policies.topi",
     "EditSession": "ditrim.runtime.session",
     "EditStep": "ditrim.runtime.session",
     "EngineTransformer": "ditrim.runtime.transformer",
     "FullContext": "ditrim.runtime.policy",
-    "ImportanceMerge": "ditrim.runtime.importance_merge",
+    "ImportanceMerge": "ditrim.runtime.policies.importance_merge",
     "Policy": "ditrim.runtime.policy",
-    "RandomDrop": "ditrim.runtime.baselines",
+    "RandomDrop": "ditrim.runtime.policies.baselines",
     "RunReport": "ditrim.runtime.report",
     "SessionState": "ditrim.runtime.session",
     "StepRecord": "ditrim.runtime.report",
-    "StepCache": "ditrim.runtime.step_cache",
-    "TeaCache": "ditrim.runtime.step_cache",
-    "ToMA": "ditrim.runtime.baselines",
-    "ToMeSD": "ditrim.runtime.baselines",
-    "ToPi": "ditrim.runtime.topi",
-    "TokenDrop": "ditrim.runtime.tokendrop",
+    "StepCache": "ditrim.runtime.caches.step_cache",
+    "TeaCache": "ditrim.runtime.caches.step_cache",
+    "ToMA": "ditrim.runtime.policies.baselines",
+    "ToMeSD": "ditrim.runtime.policies.baselines",
+    "ToPi": "ditrim.runtime.policies.topi",
+    "TokenDrop": "ditrim.runtime.policies.tokendrop",
     "attach": "ditrim.runtime.attachment",
     "detach": "ditrim.runtime.attachment",
     "load_engines": "ditrim.engines.load",
-    "load_tea_cache": "ditrim.runtime.cache_calibration",
+    "load_tea_cache": "ditrim.runtime.caches.calibration",
 }
 
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ditrim.engines.load import load_engines
 from ditrim.plugins.errors import UsageError
-from ditrim.runtime.denoiser import Denoiser
+from ditrim.runtime.caches.step_cache import Cache
+from ditrim.runtime.denoising.denoiser import Denoiser
 from ditrim.runtime.fit import check_pipeline, check_transformer, dtype_of
+from ditrim.runtime.policies.topi import ToPi
 from ditrim.runtime.policy import Policy
 from ditrim.runtime.report import RunReport
-from ditrim.runtime.step_cache import Cache
-from ditrim.runtime.topi import ToPi
 from ditrim.runtime.transformer import EngineTransformer, OpenRequest, engine_transformer
 from ditrim.runtime.watched_scheduler import check_scheduler, watch_scheduler
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ditrim.engines.backend import Engines
-    from ditrim.engines.engine_set import EngineSet
+    from ditrim.engines.sets.engine_set import EngineSet
 
 
 class Attachment:

@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ditrim.engines.fingerprints import Floats, decode_samples, sample_places, samples_of
+from ditrim.engines.sets.fingerprints import Floats, decode_samples, sample_places, samples_of
 from ditrim.plugins.errors import UsageError
 
 if TYPE_CHECKING:
-    from ditrim.engines.engine_set import EngineSet
+    from ditrim.engines.sets.engine_set import EngineSet
 
 logger = logging.getLogger(__name__)
 

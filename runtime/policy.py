@@ -13,18 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ditrim.plugins.errors import UsageError
-from ditrim.runtime.schedule import Role
+from ditrim.runtime.geometry import TokenGrid
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ditrim.engines.ladder import Ladder
-    from ditrim.runtime.matching import TokenMerge
+    from ditrim.engines.sets.ladder import Ladder
+    from ditrim.runtime.tokens.matching import TokenMerge
 
-TokenGrid = tuple[int, int]  # (height, width) of a picture in tokens
+# What a step is: all tokens, unscored or scored, or those that an anchor chose.
+Role = Literal["full", "anchor", "reduced"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

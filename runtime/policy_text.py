@@ -28,21 +28,21 @@ from typing import (
 from ditrim.plugins.errors import UsageError
 
 if TYPE_CHECKING:
-    from ditrim.engines.engine_set import EngineSet
+    from ditrim.engines.sets.engine_set import EngineSet
+    from ditrim.runtime.caches.step_cache import Cache
     from ditrim.runtime.policy import Policy
-    from ditrim.runtime.step_cache import Cache
 
 # Name -> where its class is; imported at use.
 POLICIES: dict[str, str] = {
     "full": "ditrim.runtime.policy:FullContext",
-    "topi": "ditrim.runtime.topi:ToPi",
-    "coverage": "ditrim.runtime.topi:CoverageToPi",
-    "random": "ditrim.runtime.baselines:RandomDrop",
-    "tokendrop": "ditrim.runtime.tokendrop:TokenDrop",
-    "ibtm": "ditrim.runtime.importance_merge:ImportanceMerge",
-    "tomesd": "ditrim.runtime.baselines:ToMeSD",
-    "toma": "ditrim.runtime.baselines:ToMA",
-    "auto": "ditrim.runtime.auto:Auto",
+    "topi": "ditrim.runtime.policies.topi:ToPi",
+    "coverage": "ditrim.runtime.policies.topi:CoverageToPi",
+    "random": "ditrim.runtime.policies.baselines:RandomDrop",
+    "tokendrop": "ditrim.runtime.policies.tokendrop:TokenDrop",
+    "ibtm": "ditrim.runtime.policies.importance_merge:ImportanceMerge",
+    "tomesd": "ditrim.runtime.policies.baselines:ToMeSD",
+    "toma": "ditrim.runtime.policies.baselines:ToMA",
+    "auto": "ditrim.runtime.policies.auto:Auto",
 }
 _THRESHOLD = "cache"  # a step cache's threshold, under the name that a person types
 _TEA_FILE = "tea"
@@ -202,7 +202,7 @@ def _options(cls: Any) -> dict[str, Any]:
 
 
 def _cache_options() -> dict[str, Any]:
-    from ditrim.runtime.step_cache import StepCache, TeaCache
+    from ditrim.runtime.caches.step_cache import StepCache, TeaCache
 
     hints = _hints(StepCache) | _hints(TeaCache)
     renamed = {
@@ -213,8 +213,8 @@ def _cache_options() -> dict[str, Any]:
 
 def _cache(values: dict[str, Any], engine_set: EngineSet | None) -> Cache | None:
     """The step cache that the options ask for."""
-    from ditrim.runtime.cache_calibration import load_calibration, load_tea_cache
-    from ditrim.runtime.step_cache import StepCache, TeaCache
+    from ditrim.runtime.caches.calibration import load_calibration, load_tea_cache
+    from ditrim.runtime.caches.step_cache import StepCache, TeaCache
 
     if not values:
         return None

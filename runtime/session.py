@@ -15,18 +15,19 @@ from torch import Tensor
 
 from ditrim.engines.load import load_engines
 from ditrim.plugins.errors import UsageError
-from ditrim.runtime.denoiser import Denoiser
-from ditrim.runtime.model_inputs import ModelInputs
+from ditrim.runtime.caches.step_cache import Cache
+from ditrim.runtime.denoising.denoiser import Denoiser
+from ditrim.runtime.denoising.inputs import ModelInputs
+from ditrim.runtime.denoising.request import RequestState
+from ditrim.runtime.denoising.rope import RopeTables, flux_ids, flux_rope, qwen_rope
+from ditrim.runtime.geometry import Grid
+from ditrim.runtime.policies.topi import ToPi
 from ditrim.runtime.policy import Policy
 from ditrim.runtime.report import RunReport, StepRecord
-from ditrim.runtime.request import RequestState
-from ditrim.runtime.rope import Grid, RopeTables, flux_ids, flux_rope, qwen_rope
-from ditrim.runtime.step_cache import Cache
-from ditrim.runtime.topi import ToPi
 
 if TYPE_CHECKING:
     from ditrim.engines.backend import Engines
-    from ditrim.engines.engine_set import EngineSet
+    from ditrim.engines.sets.engine_set import EngineSet
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,13 +16,13 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from ditrim.plugins.errors import UsageError
-from ditrim.runtime.denoiser import Denoiser
-from ditrim.runtime.model_inputs import ModelInputs
-from ditrim.runtime.policy import TokenGrid
+from ditrim.runtime.denoising.denoiser import Denoiser
+from ditrim.runtime.denoising.inputs import ModelInputs
+from ditrim.runtime.denoising.request import Request
+from ditrim.runtime.denoising.rope import flux_rope, qwen_rope
+from ditrim.runtime.denoising.unchanged import Unchanged
+from ditrim.runtime.geometry import Grid, TokenGrid
 from ditrim.runtime.report import RunReport
-from ditrim.runtime.request import Request
-from ditrim.runtime.rope import Grid, flux_rope, qwen_rope
-from ditrim.runtime.unchanged import Unchanged
 
 # What an `EngineTransformer` has in common with diffusers' own transformers. Every other public
 # method of theirs is refused with a sentence, also one that a later release adds.
@@ -238,7 +238,7 @@ class EngineTransformer(nn.Module):
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """How many parameters the engines hold; none can be trained."""
-        from ditrim.engines.parameters import count_parameters
+        from ditrim.engines.cost.parameters import count_parameters
 
         if only_trainable:
             return 0

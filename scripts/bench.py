@@ -50,8 +50,8 @@ from bench_measure import (
 from bench_others import OTHERS, other_ways
 from bench_tables import document_text, print_tables, replace_section
 
-from ditrim.engines.flops import CallSize
-from ditrim.runtime.machine import clocks, describe_machine, load_average
+from ditrim.engines.cost.flops import CallSize
+from ditrim.runtime.profiling.machine import clocks, describe_machine, load_average
 
 FORMAT, VERSION = "ditrim-bench", 1
 WIDE = {

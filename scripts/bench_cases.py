@@ -17,14 +17,14 @@ from torch import Tensor
 
 import ditrim.runtime as ditrim
 from ditrim.engines.backend import Engines
-from ditrim.engines.build import run_build
-from ditrim.engines.flops import CallSize
+from ditrim.engines.build.build import run_build
+from ditrim.engines.build.options import BuildOptions
+from ditrim.engines.cost.flops import CallSize
 from ditrim.engines.load import load_engines
-from ditrim.engines.manifest import Manifest
-from ditrim.engines.options import BuildOptions
+from ditrim.engines.sets.manifest import Manifest
+from ditrim.runtime.caches.step_cache import Cache, StepCache
+from ditrim.runtime.geometry import Grid
 from ditrim.runtime.policy import Policy
-from ditrim.runtime.rope import Grid
-from ditrim.runtime.step_cache import Cache, StepCache
 from ditrim.runtime.transformer import EngineTransformer
 
 INTERVAL = 10
@@ -296,7 +296,7 @@ def _call_of(size: CallSize, grids: list[Grid], config: Any, embeds: Tensor) -> 
 
 
 def _grid(tokens: int) -> Grid:
-    from ditrim.runtime.profile_measure import grid_of
+    from ditrim.runtime.profiling.measure import grid_of
 
     return (1, *grid_of(tokens))
 

@@ -66,8 +66,8 @@ def build_sets(root: Path) -> dict[str, Path]:
     """Build the sets that are missing."""
     import torch
 
-    from ditrim.engines.build import build_engine_set
-    from ditrim.engines.options import BuildOptions
+    from ditrim.engines.build.build import build_engine_set
+    from ditrim.engines.build.options import BuildOptions
     from ditrim.export.family import FAMILIES
     from ditrim.export.transformer import load_transformer
 
@@ -130,7 +130,7 @@ def load_ours(task: dict[str, Any]) -> dict[str, Any]:
     import onnx  # noqa: F401
     import onnxruntime  # noqa: F401
 
-    import ditrim.engines.onnxruntime  # noqa: F401
+    import ditrim.engines.backends.onnxruntime.engines  # noqa: F401
     from ditrim.engines.load import load_engines
 
     result: dict[str, Any] = {"import_seconds": time.perf_counter() - start}
@@ -154,7 +154,7 @@ def load_plain(task: dict[str, Any]) -> dict[str, Any]:
     import onnxruntime as ort
 
     result: dict[str, Any] = {"import_seconds": time.perf_counter() - start}
-    from ditrim.engines.onnxruntime import session_options
+    from ditrim.engines.backends.onnxruntime.engines import session_options
 
     paths = [Path(task["folder"]) / f"{role}.onnx" for role in ("front", "back")]
     made = [ort.SessionOptions() if task.get("defaults") else session_options(p) for p in paths]

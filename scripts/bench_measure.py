@@ -17,14 +17,14 @@ import torch
 from bench_cases import INTERVAL, Case, Way
 from bench_others import product_runners
 
-from ditrim.engines.flops import call_flops, graph_products
-from ditrim.runtime.comparison_metrics import psnr_db
-from ditrim.runtime.engine_calls import Clock, EngineCalls
-from ditrim.runtime.model_inputs import ModelInputs
+from ditrim.engines.cost.flops import call_flops, graph_products
+from ditrim.runtime.denoising.calls import Clock, EngineCalls
+from ditrim.runtime.denoising.inputs import ModelInputs
+from ditrim.runtime.denoising.rope import qwen_rope
+from ditrim.runtime.metrics import psnr_db
+from ditrim.runtime.policies.topi import ToPi
 from ditrim.runtime.policy import FullContext, Policy
-from ditrim.runtime.profile import statistics_of
-from ditrim.runtime.rope import qwen_rope
-from ditrim.runtime.topi import ToPi
+from ditrim.runtime.profiling.profile import statistics_of
 from ditrim.runtime.transformer import EngineTransformer
 
 STEPS = 40  # of the run that scoring is a share of

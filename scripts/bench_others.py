@@ -20,7 +20,7 @@ import torch
 from bench_cases import Case, Way
 from torch import Tensor, nn
 
-from ditrim.engines.flops import MatrixProduct
+from ditrim.engines.cost.flops import MatrixProduct
 
 OTHERS = ("eager", "compile", "fbc", "onnxruntime")
 # Near 44 and 36 dB on training scenes of the small editor.

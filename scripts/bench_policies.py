@@ -22,12 +22,12 @@ from collections.abc import Callable
 import torch
 
 import ditrim.runtime as ditrim
-from ditrim.engines.cost import ModelCost
-from ditrim.engines.flops import CallSize
-from ditrim.engines.ladder import Ladder
+from ditrim.engines.cost.cost import ModelCost
+from ditrim.engines.cost.flops import CallSize
+from ditrim.engines.sets.ladder import Ladder
 from ditrim.export.family import FAMILIES
 from ditrim.runtime.policy import CallView, Reduction, StepView
-from ditrim.runtime.reference_product import PRODUCT_COST, plain_products
+from ditrim.runtime.profiling.product import PRODUCT_COST, plain_products
 
 GRID = (64, 64)
 NUM_NOISY, NUM_REFERENCE, NUM_TEXT, WIDTH, CHANNELS = 4096, 8192, 512, 3072, 64

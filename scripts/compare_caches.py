@@ -29,20 +29,20 @@ from PIL import Image
 
 import ditrim.runtime as ditrim
 from ditrim.engines.load import load_engines
-from ditrim.runtime.cache_calibration import load_tea_cache
+from ditrim.runtime.caches.calibration import load_tea_cache
+from ditrim.runtime.caches.step_cache import (
+    Cache,
+    CacheMemory,
+    FrontView,
+    StepCache,
+    relative_changes,
+)
 from ditrim.runtime.small_editor import load_small_pipeline
 from ditrim.runtime.small_editor.scenes import (
     CATEGORIES,
     EditExample,
     held_out_edits,
     sample_edit,
-)
-from ditrim.runtime.step_cache import (
-    Cache,
-    CacheMemory,
-    FrontView,
-    StepCache,
-    relative_changes,
 )
 
 CAP_DB = 100.0

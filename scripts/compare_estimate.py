@@ -123,7 +123,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 def options_of(name: str, output: str) -> Any:
     """The build options of a case."""
-    from ditrim.engines.options import BuildOptions
+    from ditrim.engines.build.options import BuildOptions
 
     values = {"weights": "random", "output": output, **CASES[name]}
     if "num_layers" in values.get("config", {}):
@@ -133,7 +133,7 @@ def options_of(name: str, output: str) -> Any:
 
 def build_case(name: str) -> dict[str, Any]:
     """Build a case and read off what it took."""
-    from ditrim.engines.build import build_engine_set
+    from ditrim.engines.build.build import build_engine_set
 
     with tempfile.TemporaryDirectory() as folder:
         options = options_of(name, f"{folder}/set")
@@ -236,9 +236,9 @@ def run_graph(path: str, sizes: dict[str, int]) -> dict[str, int]:
 
 def estimate_case(name: str) -> dict[str, Any]:
     """What the estimate says of a case, under the names of what is measured."""
-    from ditrim.engines.devices import DEVICES
-    from ditrim.engines.estimate import estimate
-    from ditrim.engines.source import planned_config
+    from ditrim.engines.build.source import planned_config
+    from ditrim.engines.cost.devices import DEVICES
+    from ditrim.engines.estimate.estimate import estimate
 
     options = options_of(name, "unused")
     plan = estimate(options, planned_config(options), DEVICES["rtx5090"])
@@ -335,7 +335,7 @@ def companion_rows(side: int) -> Iterator[dict[str, Any]]:
     import torch
     from diffusers import AutoencoderKL, AutoencoderKLQwenImage
 
-    from ditrim.engines.companions import COMPANIONS
+    from ditrim.engines.cost.companions import COMPANIONS
 
     def flux() -> Any:
         return AutoencoderKL(

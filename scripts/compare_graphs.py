@@ -83,7 +83,7 @@ def open_session(path: Path, threads: int) -> Any:
     """A session with the options of the onnxruntime backend."""
     import onnxruntime as ort
 
-    from ditrim.engines.onnxruntime import session_options
+    from ditrim.engines.backends.onnxruntime.engines import session_options
 
     options = session_options(path, "cpu", threads)
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

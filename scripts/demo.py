@@ -18,7 +18,10 @@ from typing import Any
 from ditrim.runtime.small_editor import samples_folder
 
 # The modules behind the commands: the environment's bin/ need not be on the PATH.
-_MODULES = {"build-engine": "ditrim.engines.cli", "edit-image": "ditrim.runtime.cli"}
+_MODULES = {
+    "build-engine": "ditrim.commands.build_engine",
+    "edit-image": "ditrim.commands.edit_image",
+}
 
 
 def load_samples() -> dict[str, dict[str, Any]]:

@@ -24,8 +24,8 @@ from PIL import Image
 
 import ditrim.runtime as ditrim
 from ditrim.engines.load import load_engines
-from ditrim.runtime.comparison_edits import scenes
-from ditrim.runtime.comparison_metrics import mean_interval, psnr_db
+from ditrim.runtime.evaluation.edits import scenes
+from ditrim.runtime.metrics import mean_interval, psnr_db
 from ditrim.runtime.small_editor import load_small_pipeline
 
 

@@ -295,8 +295,8 @@ def kernel_speed(context: Context) -> dict[str, Any]:
 
 def build(context: Context, name: str, **options: Any) -> Any:
     """Build an engine set; the seconds that it took come with it."""
-    from ditrim.engines.build import build_engine_set
-    from ditrim.engines.options import BuildOptions
+    from ditrim.engines.build.build import build_engine_set
+    from ditrim.engines.build.options import BuildOptions
 
     start = time.perf_counter()
     engine_set = build_engine_set(BuildOptions(output=str(context.folder / name), **options))
@@ -341,8 +341,8 @@ def step_times(report: Any) -> dict[str, float]:
 def small_editor(context: Context, backend: str, precision: str) -> tuple[dict[str, Any], Any]:
     """The small editor on a backend against ONNX Runtime's CPU in float32."""
     from ditrim.engines.load import load_engines
+    from ditrim.runtime.policies.topi import ToPi
     from ditrim.runtime.policy import FullContext
-    from ditrim.runtime.topi import ToPi
 
     count, steps = (2, 10) if context.is_quick else (8, 40)
     policies = {"full context": FullContext(), "ToPi": ToPi(tau=0.85, interval=5)}
@@ -406,7 +406,7 @@ def need_library(backend: str) -> None:
     """Skip where TensorRT or TensorRT-RTX cannot be used."""
     need_gpu()
     need("diffusers", "polygraphy", backend.replace("-", "_"))
-    from ditrim.engines.tensorrt_library import open_library
+    from ditrim.engines.backends.tensorrt.library import open_library
 
     open_library(backend)
 
@@ -416,7 +416,7 @@ def tensorrt_small(backend: str, context: Context) -> dict[str, Any]:
     need_library(backend)
     import torch
 
-    from ditrim.engines.tensorrt import TensorRTEngines
+    from ditrim.engines.backends.tensorrt.engines import TensorRTEngines
 
     precisions = ("bf16",) if context.is_quick else ("bf16", "fp16")
     found: dict[str, Any] = {}

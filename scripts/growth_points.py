@@ -88,8 +88,8 @@ class _Call:
     def __init__(self, engines: Any, point: dict[str, Any], peaks: Peaks) -> None:
         import torch
 
-        from ditrim.runtime.engine_calls import EngineCalls
-        from ditrim.runtime.topi import CoverageToPi, ToPi
+        from ditrim.runtime.denoising.calls import EngineCalls
+        from ditrim.runtime.policies.topi import CoverageToPi, ToPi
 
         self.manifest = engines.engine_set.manifest
         self.peaks = peaks
@@ -111,7 +111,7 @@ class _Call:
         """Every part once."""
         import torch
 
-        from ditrim.runtime.engine_calls import Clock
+        from ditrim.runtime.denoising.calls import Clock
 
         def timed(part: str, run: Callable[[Any], Any], lap: str) -> Any:
             if pulse is not None:
@@ -228,8 +228,8 @@ def operators_of(events: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 def build(task: dict[str, Any]) -> dict[str, Any]:
     """Build a set of random weights, or keep the one that is there."""
-    from ditrim.engines.build import build_engine_set
-    from ditrim.engines.options import BuildOptions
+    from ditrim.engines.build.build import build_engine_set
+    from ditrim.engines.build.options import BuildOptions
 
     values = dict(task["options"])
     values["layers"] = tuple(values["layers"])

@@ -90,8 +90,8 @@ def inputs_of(manifest: Any, point: dict[str, Any]) -> Any:
     """Random inputs with as many references as the point says."""
     import torch
 
-    from ditrim.runtime.profile_measure import Geometry, random_inputs
-    from ditrim.runtime.rope import qwen_rope
+    from ditrim.runtime.denoising.rope import qwen_rope
+    from ditrim.runtime.profiling.measure import Geometry, random_inputs
 
     grids = grids_of(point)
     geometry = Geometry(
@@ -128,7 +128,7 @@ class Pulse:
     """The time of a plain matrix product by ONNX Runtime, taken beside everything else."""
 
     def __init__(self) -> None:
-        from ditrim.runtime.reference_product import plain_products
+        from ditrim.runtime.profiling.product import plain_products
 
         self._run = dict(plain_products("onnxruntime"))["onnxruntime"]
         self._samples: list[float] = []

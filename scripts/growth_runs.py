@@ -23,7 +23,7 @@ from growth_process import (
 
 def measure_runtime(task: dict[str, Any]) -> dict[str, Any]:
     """Milliseconds of the runtime's own parts at several lengths, G = C, in turn."""
-    from ditrim.engines.engine_set import load_engine_set
+    from ditrim.engines.sets.engine_set import load_engine_set
 
     engine_set = load_engine_set(task["engine"])
     pulse = Pulse()
@@ -47,12 +47,12 @@ def _runtime_parts(
 ) -> dict[str, Callable[[], Any]]:
     import torch
 
-    from ditrim.runtime.coverage import hilbert_order
-    from ditrim.runtime.engine_calls import gather_rows
-    from ditrim.runtime.model_inputs import check_finite, check_inputs
+    from ditrim.runtime.denoising.calls import gather_rows
+    from ditrim.runtime.denoising.inputs import check_finite, check_inputs
+    from ditrim.runtime.denoising.rope import qwen_rope
+    from ditrim.runtime.policies.topi import CoverageToPi, ToPi
     from ditrim.runtime.policy import CallView
-    from ditrim.runtime.rope import qwen_rope
-    from ditrim.runtime.topi import CoverageToPi, ToPi
+    from ditrim.runtime.tokens.coverage import hilbert_order
 
     manifest = engine_set.manifest
     point = {"noisy": length, "references": [length], "text": task["text"], "batch": 1}
@@ -93,8 +93,8 @@ def _requests(engines: Any) -> Callable[..., Iterator[Any]]:
     """Starts requests of given sizes on one session: (point, steps) -> its steps."""
     import torch
 
+    from ditrim.runtime.policies.topi import ToPi
     from ditrim.runtime.session import EditSession
-    from ditrim.runtime.topi import ToPi
 
     manifest = engines.engine_set.manifest
     session = EditSession(engines, ToPi(ratio=0.5, interval=5))
@@ -201,8 +201,8 @@ def measure_rungs(task: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from ditrim.engines.load import load_engines
-    from ditrim.runtime.denoiser import Denoiser
-    from ditrim.runtime.topi import ToPi
+    from ditrim.runtime.denoising.denoiser import Denoiser
+    from ditrim.runtime.policies.topi import ToPi
 
     pulse = Pulse()
     before = status_bytes("VmRSS")

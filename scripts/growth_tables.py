@@ -55,7 +55,7 @@ def work_of(entry: dict[str, Any], part: str) -> float:
 
 def size_of(point: dict[str, Any]) -> Any:
     """The lengths of a call."""
-    from ditrim.engines.flops import CallSize
+    from ditrim.engines.cost.flops import CallSize
 
     return CallSize(
         num_noisy=point["noisy"],
@@ -67,7 +67,7 @@ def size_of(point: dict[str, Any]) -> Any:
 
 def cost_of(model: dict[str, Any]) -> Any:
     """The cost model of what was measured, as it is now."""
-    from ditrim.engines.cost import ModelCost
+    from ditrim.engines.cost.cost import ModelCost
 
     return ModelCost(**model)
 
@@ -104,7 +104,7 @@ def run_flops(entry: dict[str, Any]) -> int:
 
 def predicted_bytes(entry: dict[str, Any]) -> int:
     """What `build-engine --dry-run` expects the graphs and what goes between them to take."""
-    from ditrim.engines.memory import activation_bytes, seam_bytes
+    from ditrim.engines.cost.memory import activation_bytes, seam_bytes
 
     model, size = entry["model"], size_of(entry["point"])
     config, architecture, precision = model["config"], model["architecture"], model["precision"]
@@ -227,7 +227,7 @@ def call_table(axis: str, points: Sequence[dict[str, Any]]) -> str:
 
 def rate_of(entry: dict[str, Any], part: str) -> float:
     """Operations a second, as a share of the plain product's."""
-    from ditrim.runtime.reference_product import PRODUCT_COST
+    from ditrim.runtime.profiling.product import PRODUCT_COST
 
     return flops_of(entry, part) / PRODUCT_COST.flops / work_of(entry, part)
 

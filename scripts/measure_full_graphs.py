@@ -125,7 +125,7 @@ def parse(folder: Path) -> dict[str, Any]:
         return {"skipped": "tensorrt-rtx is not installed: pip install tensorrt-rtx"}
     import onnx
 
-    from ditrim.engines.tensorrt_graph import graph_for_backend
+    from ditrim.engines.backends.tensorrt.graph import graph_for_backend
 
     result: dict[str, Any] = {"version": trt.__version__, "roles": {}}
     for role in ("front", "back"):

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ditrim.runtime.comparison_summary import ALL, summarise_rows
+from ditrim.runtime.evaluation.summary import ALL, summarise_rows
 
 FULL = "full context"
 METRICS = (

@@ -29,8 +29,8 @@ def tiny_engine_sets(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
     def build(family: str) -> Path:
         from tiny import tiny_transformer
 
-        from ditrim.engines.build import build_engine_set
-        from ditrim.engines.options import BuildOptions
+        from ditrim.engines.build.build import build_engine_set
+        from ditrim.engines.build.options import BuildOptions
 
         folder = root / family
         if not folder.exists():

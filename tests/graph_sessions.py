@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from tiny import Call
 
-from ditrim.runtime.rope import flux_rope, qwen_rope
+from ditrim.runtime.denoising.rope import flux_rope, qwen_rope
 
 CPU = torch.device("cpu")
 GEOMETRIES: list[dict[str, Any]] = [

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ditrim.engines.cost import Peak
-from ditrim.engines.flops import CallSize
-from ditrim.runtime.profile import Profile, Row
+from ditrim.engines.cost.cost import Peak
+from ditrim.engines.cost.flops import CallSize
+from ditrim.runtime.profiling.profile import Profile, Row
 
 GEOMETRY = (1, 64, 16, 64)  # batch, noisy, text, reference
 CONFIG: dict[str, Any] = {

@@ -28,10 +28,10 @@ import onnx
 import onnxruntime as ort
 import torch
 
-from ditrim.engines.engine_set import EngineSet, read_manifest
-from ditrim.engines.manifest import PlanSpec
-from ditrim.engines.profiles import is_scored, ladder_profiles, plan_roles, shape_of
-from ditrim.engines.tensorrt_library import Library
+from ditrim.engines.backends.tensorrt.library import Library
+from ditrim.engines.sets.engine_set import EngineSet, read_manifest
+from ditrim.engines.sets.manifest import PlanSpec
+from ditrim.engines.sets.profiles import is_scored, ladder_profiles, plan_roles, shape_of
 from ditrim.plugins.errors import BackendError
 
 ALIGNMENT = 64
@@ -149,7 +149,7 @@ class ThreadHardware:
         return torch.empty(num_bytes, dtype=torch.uint8)
 
     def capture(self, stream: ThreadStream, enqueue: Callable[[], bool]) -> Any:
-        from ditrim.engines.cuda_device import CaptureError
+        from ditrim.engines.backends.tensorrt.device import CaptureError
 
         if not self.captures:
             raise CaptureError("capturing failed: operation not permitted")
@@ -448,7 +448,7 @@ def make_library(hardware: ThreadHardware, backend: str = "tensorrt-rtx") -> Lib
         Refitter=Refitter,
         engines=engines,
     )
-    from ditrim.engines import tensorrt_library
+    from ditrim.engines.backends.tensorrt import library as tensorrt_library
 
     def log(severity: Any, message: str) -> None:
         for lines in tensorrt_library._captures:

@@ -10,25 +10,66 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("engines", "export", "plugins", "runtime")
-# Commands are the edge: they put the packages together.
-COMMANDS = {"engines/cli.py", "export/cli.py", "runtime/cli.py", "runtime/cache_cli.py"}
-ALLOWED = {
+PACKAGES = ("commands", "engines", "export", "plugins", "runtime")
+FOLDERS = {"commands": "scripts/commands"}
+ALLOWED: dict[str, set[str]] = {
     "plugins": set(),
     "export": {"plugins"},
     "engines": {"plugins", "export"},
     "runtime": {"plugins", "engines"},
+    "commands": {"plugins", "export", "engines", "runtime"},
 }
 # Of engines: what builds sets. The others are what an application embeds.
-EXPORTING = {"build.py", "graph_files.py", "options.py", "source.py"}
+EXPORTING = "engines/build/"
+# Rooms of a package, from the ground up: none imports from one above it, not even its types.
+FLOORS = {
+    "engines": (
+        ("files", "forking"),
+        ("sets", "cost"),
+        ("backend",),
+        ("backends",),
+        ("load", "build"),
+        ("estimate",),
+    ),
+    "runtime": (
+        ("geometry", "metrics", "report"),
+        ("tokens",),
+        ("policy",),
+        ("policies",),
+        ("caches", "policy_text"),
+        ("denoising",),
+        ("fit", "transformer", "watched_scheduler"),
+        ("attachment", "session"),
+        ("small_editor",),
+        ("editing",),
+        ("evaluation", "profiling"),
+    ),
+}
 MODULES = sorted(
-    path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py")
+    path.relative_to(ROOT)
+    for package in PACKAGES
+    for path in (ROOT / FOLDERS.get(package, package)).rglob("*.py")
 )
 
 
 def module_name(path: Path) -> str:
     parts = path.with_suffix("").parts
+    if parts[0] == "scripts":
+        parts = parts[1:]
     return ".".join(("ditrim", *(parts[:-1] if parts[-1] == "__init__" else parts)))
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of ditrim that a file imports, wherever in it, for types too."""
+    imported = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            imported.add(node.module)
+            imported |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+    known = {module_name(module) for module in MODULES}
+    return {name for name in imported if name in known}
 
 
 def test_every_module_imports_without_gpu_packages() -> None:
@@ -68,25 +109,49 @@ def test_the_runtime_runs_without_the_exporter() -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=str)
 def test_dependencies_point_one_way(path: Path) -> None:
-    if str(path) in COMMANDS:
-        return
-    package = path.parts[0]
-    imported = set()
-    for node in ast.walk(ast.parse((ROOT / path).read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            imported.add(node.module)
-        elif isinstance(node, ast.Import):
-            imported |= {alias.name for alias in node.names}
-    used = {name.split(".")[1] for name in imported if name.startswith("ditrim.")}
-    if package == "engines" and path.name not in EXPORTING:
+    package = module_name(path).split(".")[1]
+    used = {name.split(".")[1] for name in imports_of(path) if name.count(".")}
+    if package == "engines" and not str(path).startswith(EXPORTING):
         assert "export" not in used
     assert used <= ALLOWED[package] | {package}
 
 
-def test_public_names_of_the_runtime_exist() -> None:
-    import ditrim.runtime as ditrim
+@pytest.mark.parametrize("path", [p for p in MODULES if p.parts[0] in FLOORS], ids=str)
+def test_no_room_imports_from_a_floor_above_it(path: Path) -> None:
+    package = path.parts[0]
+    floor_of = {room: index for index, rooms in enumerate(FLOORS[package]) for room in rooms}
 
-    for name in ditrim.__all__:
+    def room_of(name: str) -> str:
+        return [*name.split("."), "", ""][2]
+
+    own = room_of(module_name(path))
+    if own in ("", "_top"):
+        return
+    used = {room_of(n) for n in imports_of(path) if n.startswith(f"ditrim.{package}.")} - {own}
+    above = {room for room in used if floor_of[room] > floor_of[own]}
+    assert not above, f"{own} imports from {above}"
+
+
+def test_nothing_imports_in_a_circle() -> None:
+    edges = {module_name(path): imports_of(path) - {module_name(path)} for path in MODULES}
+    edges = {
+        name: {other for other in used if not name.startswith(f"{other}.")}  # its own package
+        for name, used in edges.items()
+    }
+    left = dict(edges)
+    while left:
+        free = [name for name, used in left.items() if not used & left.keys()]
+        assert free, f"in circles: {sorted(left)}"
+        for name in free:
+            del left[name]
+
+
+def test_public_names_of_the_runtime_exist() -> None:
+    import ditrim
+    import ditrim.runtime
+
+    for name in ditrim.runtime.__all__:
         assert getattr(ditrim, name).__name__ == name
+        assert getattr(ditrim.runtime, name) is getattr(ditrim, name)
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = ditrim.Nothing

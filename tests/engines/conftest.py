@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from ditrim.engines import build
-from ditrim.engines.options import BuildOptions
+from ditrim.engines.build.build import build
+from ditrim.engines.build.options import BuildOptions
 
 SCRIPT = Path(__file__).with_name("fake_build.py")
 

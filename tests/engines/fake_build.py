@@ -17,9 +17,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from ditrim.engines import build, staging
-from ditrim.engines.graph_files import WrittenGraphs
-from ditrim.engines.manifest import GraphSpec, TensorSpec
+from ditrim.engines.build.build import build
+from ditrim.engines.build.graphs import WrittenGraphs
+from ditrim.engines.sets import staging
+from ditrim.engines.sets.manifest import GraphSpec
+from ditrim.engines.sets.specs import TensorSpec
 
 OPTIONS = {"weights": "random", "max_noisy_tokens": 16, "max_reference_tokens": 24}
 ARGUMENTS = [
@@ -93,7 +95,7 @@ def _signal_at(moment: str, number: int) -> None:
 
         os.rename = rename_and_fire  # type: ignore[assignment]
     else:
-        from ditrim.engines.console import Terminal
+        from ditrim.commands.console import Terminal
 
         stage = Terminal.stage
 
@@ -106,7 +108,7 @@ def _signal_at(moment: str, number: int) -> None:
 
 
 if __name__ == "__main__":
-    from ditrim.engines.cli import main
+    from ditrim.commands.build_engine import main
 
     build.write_graphs = write_graphs
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 
-from ditrim.engines import build, graph_files
-from ditrim.engines.build import run_build
-from ditrim.engines.cli import main
-from ditrim.engines.options import BuildOptions
-from ditrim.engines.tensorrt_builder import Target, ask_library
-from ditrim.engines.tensorrt_library import Gpu
+from ditrim.commands.build_engine import main
+from ditrim.engines.backends.tensorrt.builder import Target, ask_library
+from ditrim.engines.backends.tensorrt.library import Gpu
+from ditrim.engines.build.build import build, run_build
+from ditrim.engines.build.build import graphs as graph_files
+from ditrim.engines.build.options import BuildOptions
 from ditrim.plugins.errors import BackendError, DitrimError
 
 Capture = pytest.CaptureFixture[str]

@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 
-from ditrim.engines import build, identity, source
-from ditrim.engines import engine_set as engine_set_module
-from ditrim.engines.build import build_engine_set, run_build
-from ditrim.engines.engine_set import load_engine_set
-from ditrim.engines.options import BuildOptions
-from ditrim.engines.tensorrt_builder import LibraryFacts
-from ditrim.engines.tensorrt_library import check_target
+from ditrim.engines.backends.tensorrt.builder import LibraryFacts
+from ditrim.engines.backends.tensorrt.library import check_target
+from ditrim.engines.build.build import build, build_engine_set, run_build, source
+from ditrim.engines.build.options import BuildOptions
+from ditrim.engines.sets import engine_set as engine_set_module
+from ditrim.engines.sets import identity
+from ditrim.engines.sets.engine_set import load_engine_set
 from ditrim.plugins.errors import CheckpointError, DitrimError, EngineSetError, UsageError
 
 Process = Callable[..., subprocess.CompletedProcess[str]]
@@ -101,7 +101,7 @@ def test_changed_library_or_source_is_never_reused(
 def test_set_of_another_backend_version_is_built_again(
     options: BuildOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ditrim.engines import engine_set
+    from ditrim.engines.sets import engine_set
 
     for module in (identity, build, engine_set):
         monkeypatch.setattr(module, "backend_version", lambda backend: "99.0")
@@ -325,7 +325,7 @@ def test_two_builds_at_once_end_in_one_whole_set(tmp_path: Path, fake: ModuleTyp
 
 def test_reuse_imports_nothing_heavy_and_takes_under_two_seconds(engine_folder: Path) -> None:
     code = (
-        "import sys; from ditrim.engines.cli import main; code = main(sys.argv[1:]); "
+        "import sys; from ditrim.commands.build_engine import main; code = main(sys.argv[1:]); "
         "heavy = {'torch', 'diffusers', 'onnx', 'onnx_ir', 'onnxruntime', 'numpy'}; "
         "print(sorted(heavy & set(sys.modules))); sys.exit(code)"
     )
@@ -398,7 +398,7 @@ def test_real_build_interrupted_while_tracing_leaves_the_previous_set(
     config = [item for key in tiny_config for item in ("--config", f"{key}={tiny_config[key]}")]
     code = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from ditrim.engines.cli import main; sys.exit(main(sys.argv[1:]))"
+        "from ditrim.commands.build_engine import main; sys.exit(main(sys.argv[1:]))"
     )
     command = [sys.executable, "-c", code, "--weights", "random", *config]
     process = subprocess.Popen(
@@ -538,7 +538,7 @@ def test_reuse_of_plans_imports_nothing_heavy(
     )
     assert not run_build(options).is_reused
     code = (
-        "import sys; from ditrim.engines.cli import main; code = main(sys.argv[1:]); "
+        "import sys; from ditrim.commands.build_engine import main; code = main(sys.argv[1:]); "
         "heavy = {'torch', 'diffusers', 'onnx', 'numpy', 'tensorrt_rtx', 'polygraphy'}; "
         "print(sorted(heavy & set(sys.modules))); sys.exit(code)"
     )
@@ -574,7 +574,7 @@ def test_interrupted_plan_leaves_the_previous_set_and_no_builder(
     options = tiny_plans(tmp_path, "qwen-edit", output=str(engine_folder))
     program = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "from ditrim.engines.cli import main; sys.exit(main(sys.argv[1:]))"
+        "from ditrim.commands.build_engine import main; sys.exit(main(sys.argv[1:]))"
     )
     arguments = shlex.split(options.command())[1:]
     process = subprocess.Popen(

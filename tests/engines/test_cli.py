@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from ditrim.engines.cli import _size, main
+from ditrim.commands.build_engine import _size, main
 
 Capture = pytest.CaptureFixture[str]
 
@@ -108,7 +108,7 @@ def test_long_or_impossible_output_names_are_mistakes_without_internal_paths(
 def test_dry_run_builds_nothing_and_fetches_nothing(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("ditrim.engines.estimate")
+    pytest.importorskip("ditrim.engines.estimate.estimate")
     monkeypatch.chdir(tmp_path)
     arguments = ["--backend", "tensorrt", "--dry-run", "--device", "h100"]
     assert main([*arguments, "--json"]) == 0

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from ditrim.engines.console import CommandParser, Terminal, run_command
+from ditrim.commands.console import CommandParser, Terminal, run_command
 from ditrim.plugins.errors import EngineSetError, UsageError
 
 Capture = pytest.CaptureFixture[str]

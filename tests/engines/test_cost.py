@@ -17,13 +17,13 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ditrim.engines.cost import Cost, ModelCost, Peak, topi_block_flops
-from ditrim.engines.engine_set import load_engine_set
-from ditrim.engines.flops import CallSize
+from ditrim.engines.cost.cost import Cost, ModelCost, Peak, topi_block_flops
+from ditrim.engines.cost.flops import CallSize
+from ditrim.engines.sets.engine_set import load_engine_set
 from ditrim.export.split import BackGraph, FrontGraph, SplitPoint, processors_installed
 from ditrim.plugins.errors import UsageError
-from ditrim.runtime.profile_measure import model_cost_of
-from ditrim.runtime.rope import flux_rope, qwen_rope
+from ditrim.runtime.denoising.rope import flux_rope, qwen_rope
+from ditrim.runtime.profiling.measure import model_cost_of
 
 CPU = torch.device("cpu")
 SCORED = (2, 3)

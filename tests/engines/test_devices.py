@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ditrim.engines.devices import (
+from ditrim.engines.cost.devices import (
     DEVICES,
     Device,
     device_from_cuda,

@@ -9,9 +9,9 @@ from typing import Any
 import onnx
 import pytest
 
-from ditrim.engines import engine_set as module
-from ditrim.engines.engine_set import load_engine_set, rebuild_command
-from ditrim.engines.manifest import Manifest
+from ditrim.engines.sets import engine_set as module
+from ditrim.engines.sets.engine_set import load_engine_set, rebuild_command
+from ditrim.engines.sets.manifest import Manifest
 from ditrim.plugins.errors import EngineSetError
 
 

@@ -18,15 +18,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ditrim.engines import cli
-from ditrim.engines.companions import COMPANIONS
-from ditrim.engines.devices import DEVICES
-from ditrim.engines.estimate import Estimate, estimate, usable_bytes
-from ditrim.engines.flops import CallSize
-from ditrim.engines.memory import activation_bytes, scoring_code_bytes, seam_bytes
-from ditrim.engines.options import BuildOptions
-from ditrim.engines.parameters import CLASS_DEFAULTS, count_parameters
-from ditrim.engines.source import planned_config, small_editor_folder
+from ditrim.commands import build_engine as cli
+from ditrim.engines.build.options import BuildOptions
+from ditrim.engines.build.source import planned_config, small_editor_folder
+from ditrim.engines.cost.companions import COMPANIONS
+from ditrim.engines.cost.devices import DEVICES
+from ditrim.engines.cost.flops import CallSize
+from ditrim.engines.cost.memory import activation_bytes, scoring_code_bytes, seam_bytes
+from ditrim.engines.cost.parameters import CLASS_DEFAULTS, count_parameters
+from ditrim.engines.estimate.estimate import Estimate, estimate, usable_bytes
+from ditrim.engines.estimate.text import lines_of
 from ditrim.export.family import FAMILIES, Family
 from ditrim.plugins.errors import UsageError
 
@@ -194,7 +195,8 @@ def test_activations_on_a_cpu_are_as_onnx_runtime_took(case: Any) -> None:
 
 
 def test_rows_are_scored_in_blocks_of_onnx_runtimes_functions() -> None:
-    from ditrim.engines import memory, onnxruntime_graph
+    from ditrim.engines.backends.onnxruntime import graph as onnxruntime_graph
+    from ditrim.engines.cost.cost import memory
     from ditrim.plugins import log_sum_exp
 
     assert memory._BLOCK_ROWS == onnxruntime_graph.BLOCK_ROWS
@@ -202,8 +204,8 @@ def test_rows_are_scored_in_blocks_of_onnx_runtimes_functions() -> None:
 
 
 def test_blocks_of_tensorrt_rtx_are_those_of_its_graph() -> None:
-    from ditrim.engines import memory
-    from ditrim.engines.tensorrt_graph import num_row_blocks
+    from ditrim.engines.backends.tensorrt.graph import num_row_blocks
+    from ditrim.engines.cost.cost import memory
 
     for rows in [*range(1, 9000), 16384, 100_000]:
         blocks = num_row_blocks(rows)
@@ -319,7 +321,7 @@ def test_a_card_that_is_far_too_small_says_what_is_not_enough() -> None:
     plan = plan_of("rtx4090", backend="tensorrt")
     assert not plan.fits
     assert not plan.changes[-1].fits
-    text = "\n".join(plan.lines())
+    text = "\n".join(list(lines_of(plan)))
     assert "not enough are even all of" in text
     assert "as it is, it fits on: h20," in text
     needs = [change.needed_bytes for change in plan.changes]
@@ -333,7 +335,7 @@ def test_changes_add_up_until_it_fits() -> None:
     assert plan.changes[-1].fits
     assert not any(change.fits for change in plan.changes[:-1])
     assert plan.changes[-1].needed_bytes <= usable_bytes(plan.device)
-    lines = plan.lines()
+    lines = list(lines_of(plan))
     assert "enough are all of" in lines
 
 
@@ -395,9 +397,9 @@ def test_the_cost_of_serving_every_shape_is_named() -> None:
     )
     assert plan.every_shape_bytes == plan.need.total - narrow.need.total > 0
     assert narrow.every_shape_bytes == 0
-    [line] = [line for line in plan.lines() if "every shape" in line]
+    [line] = [line for line in list(lines_of(plan)) if "every shape" in line]
     assert "against square pictures and short prompts alone" in line
-    assert not any("every shape" in line for line in narrow.lines())
+    assert not any("every shape" in line for line in lines_of(narrow))
     assert plan.to_dict()["every_shape_bytes"] == plan.every_shape_bytes
 
 
@@ -415,7 +417,7 @@ def test_notes_name_what_cannot_run_or_was_not_measured() -> None:
 
 def test_rtx_capabilities_are_those_of_the_library() -> None:
     trt = pytest.importorskip("tensorrt_rtx")
-    from ditrim.engines.estimate import _RTX_CAPABILITIES
+    from ditrim.engines.estimate.estimate import _RTX_CAPABILITIES
 
     if not trt.__version__.startswith("1.7."):
         pytest.skip(f"the note is about 1.7, this is {trt.__version__}")
@@ -456,8 +458,8 @@ def test_json_is_complete_and_stable(name: str, backend: str) -> None:
     assert json.dumps(content) == json.dumps(plan_of("h200", backend=backend, **values).to_dict())
     assert set(content) == set(Estimate.__dataclass_fields__)
     assert content["need"]["total"] == plan.need.total
-    assert plan.lines()
-    assert all(isinstance(line, str) for line in plan.lines())
+    assert list(lines_of(plan))
+    assert all(isinstance(line, str) for line in list(lines_of(plan)))
 
 
 def test_preset_uses_its_own_measured_layers() -> None:
@@ -480,7 +482,7 @@ def test_dry_run_needs_neither_torch_nor_the_network(tmp_path: Path) -> None:
         "import sys, socket\n"
         "def refuse(*a, **k): raise AssertionError('network')\n"
         "socket.socket.connect = refuse\n"
-        "from ditrim.engines.cli import main\n"
+        "from ditrim.commands.build_engine import main\n"
         "code = main(['--model', 'qwen-edit', '--backend', 'tensorrt', '--dry-run', '--device',"
         " 'h20', '--json'])\n"
         "print([name for name in ('torch', 'diffusers', 'tensorrt') if name in sys.modules])\n"

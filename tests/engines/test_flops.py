@@ -8,7 +8,7 @@ from tiny import FAMILY_NAMES, make_call, tiny_transformer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ditrim.engines.flops import CallSize, block_products, call_flops
+from ditrim.engines.cost.flops import CallSize, block_products, call_flops
 
 PAPER = {"num_attention_heads": 32, "attention_head_dim": 128, "num_layers": 19}
 

@@ -20,12 +20,12 @@ from typing import Any
 import pytest
 import torch
 
-from ditrim.engines.build import run_build
-from ditrim.engines.devices import DEVICES
-from ditrim.engines.engine_set import EngineSet, load_engine_set
-from ditrim.engines.estimate import estimate
-from ditrim.engines.options import BuildOptions
-from ditrim.engines.source import planned_config
+from ditrim.engines.build.build import run_build
+from ditrim.engines.build.options import BuildOptions
+from ditrim.engines.build.source import planned_config
+from ditrim.engines.cost.devices import DEVICES
+from ditrim.engines.estimate.estimate import estimate
+from ditrim.engines.sets.engine_set import EngineSet, load_engine_set
 from ditrim.export.checkpoint import WEIGHTS_NAME
 from ditrim.export.family import FAMILIES
 from ditrim.export.weights import index_placeholder

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from ditrim.engines import identity
-from ditrim.engines.identity import backend_version, identity_of
+from ditrim.engines.sets import identity
+from ditrim.engines.sets.identity import backend_version, identity_of
 from ditrim.plugins.errors import BackendError
 
 INPUTS: dict[str, Any] = {
@@ -59,16 +59,14 @@ def test_missing_packages_are_named_with_how_to_install_them(
 @pytest.mark.parametrize(
     ("name", "backends"),
     [
-        ("plugins/kernel.py", {"tensorrt"}),
-        ("plugins/compiled.py", {"tensorrt"}),
-        ("plugins/tensorrt_plugin.py", {"tensorrt"}),
-        ("plugins/strip.py", {"tensorrt"}),
-        ("plugins/onnx_function.py", {"onnxruntime", "tensorrt", "tensorrt-rtx"}),
-        ("engines/build.py", {"onnxruntime", "tensorrt", "tensorrt-rtx"}),
-        ("engines/graph_files.py", {"onnxruntime", "tensorrt", "tensorrt-rtx"}),
-        ("engines/tensorrt_graph.py", {"tensorrt", "tensorrt-rtx"}),
-        ("engines/profiles.py", {"tensorrt", "tensorrt-rtx"}),
-        ("engines/console.py", set()),
+        ("plugins/kernel.py", {"onnxruntime", "tensorrt", "tensorrt-rtx"}),
+        ("engines/build/build.py", {"onnxruntime", "tensorrt", "tensorrt-rtx"}),
+        ("engines/sets/profiles.py", {"onnxruntime", "tensorrt", "tensorrt-rtx"}),
+        ("engines/backends/tensorrt/graph.py", {"tensorrt", "tensorrt-rtx"}),
+        ("engines/backends/onnxruntime/graph.py", {"onnxruntime"}),
+        ("engines/estimate/text.py", set()),
+        ("runtime/policy.py", set()),
+        ("scripts/commands/console.py", set()),
     ],
 )
 def test_an_edited_source_counts_for_the_backends_that_use_it(

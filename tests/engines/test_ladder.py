@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ditrim.engines.ladder import Ladder
+from ditrim.engines.sets.ladder import Ladder
 from ditrim.plugins.errors import LadderError
 
 

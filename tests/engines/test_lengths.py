@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ditrim.engines.cli import _parser, options_from
-from ditrim.engines.context_cache import MOST_SPECIALISED_LENGTHS, specialisation
-from ditrim.engines.ladder import Ladder
-from ditrim.engines.options import BuildOptions
+from ditrim.commands.build_engine import _parser, options_from
+from ditrim.engines.backends.tensorrt.contexts import MOST_SPECIALISED_LENGTHS, specialisation
+from ditrim.engines.build.options import BuildOptions
+from ditrim.engines.sets.ladder import Ladder
 from ditrim.plugins.errors import UsageError
 
 PLAN_BACKENDS = ["tensorrt", "tensorrt-rtx"]
@@ -153,7 +153,7 @@ def test_positions_are_those_of_diffusers() -> None:
     """The limit that texts and pictures share is the length of the model's own table."""
     from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 
-    from ditrim.engines.lengths import _QWEN_POSITIONS
+    from ditrim.engines.build.lengths import _QWEN_POSITIONS
 
     rope = QwenEmbedRope(theta=10000, axes_dim=[4, 6, 6], scale_rope=True)
     assert len(rope.pos_freqs) == len(rope.neg_freqs) == _QWEN_POSITIONS

@@ -24,13 +24,13 @@ import torch
 from tiny import tiny_transformer
 
 from ditrim.engines import load
-from ditrim.engines import onnxruntime as onnxruntime_backend
-from ditrim.engines.build import build_engine_set
-from ditrim.engines.engine_set import EngineSet, load_engine_set
+from ditrim.engines.backends.onnxruntime import engines as onnxruntime_backend
+from ditrim.engines.backends.onnxruntime.engines import OnnxRuntimeEngines
+from ditrim.engines.build.build import build_engine_set
+from ditrim.engines.build.options import BuildOptions
 from ditrim.engines.load import load_engines
-from ditrim.engines.onnxruntime import OnnxRuntimeEngines
-from ditrim.engines.options import BuildOptions
-from ditrim.engines.staging import commit
+from ditrim.engines.sets.engine_set import EngineSet, load_engine_set
+from ditrim.engines.sets.staging import commit
 from ditrim.plugins.errors import BackendError, EngineSetError
 from ditrim.runtime.session import EditSession
 

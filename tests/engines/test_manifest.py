@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ditrim.engines.manifest import Manifest, canonical_json
+from ditrim.engines.sets.manifest import Manifest, canonical_json
 from ditrim.plugins.errors import EngineSetError
 
 

@@ -17,7 +17,11 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from tiny import FAMILY_NAMES, make_call, tiny_transformer
 
-from ditrim.engines.onnxruntime_graph import BLOCK_ROWS, column_sums_function, use_own_operators
+from ditrim.engines.backends.onnxruntime.graph import (
+    BLOCK_ROWS,
+    column_sums_function,
+    use_own_operators,
+)
 from ditrim.export.assemble import assemble_graph, check_linked, index_weights, write_linked
 from ditrim.export.checkpoint import find_checkpoint
 from ditrim.export.family import FAMILIES

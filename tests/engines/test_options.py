@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from ditrim.engines.cli import _parser, options_from
-from ditrim.engines.manifest import Limits
-from ditrim.engines.options import BuildOptions
+from ditrim.commands.build_engine import _parser, options_from
+from ditrim.engines.build.options import BuildOptions
+from ditrim.engines.sets.specs import Limits
 from ditrim.plugins.errors import UsageError
 
 RTX: dict[str, Any] = {"backend": "tensorrt-rtx"}

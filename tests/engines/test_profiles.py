@@ -4,9 +4,8 @@ from itertools import pairwise
 
 import pytest
 
-from ditrim.engines.ladder import Ladder
-from ditrim.engines.manifest import Limits, TensorSpec
-from ditrim.engines.profiles import (
+from ditrim.engines.sets.ladder import Ladder
+from ditrim.engines.sets.profiles import (
     AxisRange,
     Ranges,
     is_scored,
@@ -15,6 +14,7 @@ from ditrim.engines.profiles import (
     profile_for,
     shape_of,
 )
+from ditrim.engines.sets.specs import Limits, TensorSpec
 from ditrim.plugins.errors import LadderError
 
 LADDER = Ladder(rungs=(512, 1024, 4096))

@@ -16,7 +16,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as edit
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as plus
 from PIL import Image
 
-from ditrim.engines.options import BuildOptions
+from ditrim.engines.build.options import BuildOptions
 from ditrim.export.family import FAMILIES
 
 ASPECT = 8

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from ditrim.engines import source as module
-from ditrim.engines.options import BuildOptions
-from ditrim.engines.source import (
+from ditrim.engines.build.build import source as module
+from ditrim.engines.build.options import BuildOptions
+from ditrim.engines.build.source import (
     check_unchanged,
     choose_split,
     find_source,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ditrim.engines import staging
-from ditrim.engines.staging import commit, recover, staging_folder, target_locked
+from ditrim.engines.sets import staging
+from ditrim.engines.sets.staging import commit, recover, staging_folder, target_locked
 from ditrim.plugins.errors import DitrimError
 
 

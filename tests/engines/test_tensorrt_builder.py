@@ -20,10 +20,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from ditrim.engines.manifest import TensorSpec
-from ditrim.engines.options import BuildOptions
-from ditrim.engines.profiles import is_scored
-from ditrim.engines.tensorrt_builder import (
+from ditrim.engines.backends.tensorrt.builder import (
     BuiltPlan,
     LibraryFacts,
     PlanRequest,
@@ -35,7 +32,10 @@ from ditrim.engines.tensorrt_builder import (
     describe_target,
     explain_failure,
 )
-from ditrim.engines.tensorrt_library import Gpu, present_gpu
+from ditrim.engines.backends.tensorrt.library import Gpu, present_gpu
+from ditrim.engines.build.options import BuildOptions
+from ditrim.engines.sets.profiles import is_scored
+from ditrim.engines.sets.specs import TensorSpec
 from ditrim.plugins.errors import BackendError, UsageError
 from ditrim.plugins.log_sum_exp import DOMAIN
 from ditrim.plugins.onnx_function import OPSET, log_sum_exp_function

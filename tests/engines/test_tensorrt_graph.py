@@ -12,11 +12,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from ditrim.engines.build import run_build
-from ditrim.engines.manifest import TensorSpec
-from ditrim.engines.options import BuildOptions
-from ditrim.engines.tensorrt_builder import PlanRequest, Target, build_plan
-from ditrim.engines.tensorrt_graph import (
+from ditrim.engines.backends.tensorrt.builder import PlanRequest, Target, build_plan
+from ditrim.engines.backends.tensorrt.graph import (
     BLOCK_ROWS,
     MOST_BLOCKS,
     NEW_OPERATORS,
@@ -24,6 +21,9 @@ from ditrim.engines.tensorrt_graph import (
     log_sum_exp_unrolled,
     num_row_blocks,
 )
+from ditrim.engines.build.build import run_build
+from ditrim.engines.build.options import BuildOptions
+from ditrim.engines.sets.specs import TensorSpec
 from ditrim.export.assemble import check_linked
 from ditrim.plugins.log_sum_exp import DOMAIN
 from ditrim.plugins.onnx_function import OPSET, log_sum_exp_function

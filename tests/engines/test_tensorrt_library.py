@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from ditrim.engines import tensorrt_library as module
-from ditrim.engines.engine_set import read_manifest
-from ditrim.engines.manifest import Manifest, PlanSpec
-from ditrim.engines.profiles import AxisRange, ProfileSpec
-from ditrim.engines.tensorrt_library import Gpu, Library, check_target, version_numbers
+from ditrim.engines.backends.tensorrt import library as module
+from ditrim.engines.backends.tensorrt.library import Gpu, Library, check_target, version_numbers
+from ditrim.engines.sets.engine_set import read_manifest
+from ditrim.engines.sets.manifest import Manifest, PlanSpec
+from ditrim.engines.sets.profiles import AxisRange, ProfileSpec
 from ditrim.plugins.errors import BackendError, EngineSetError
 
 HAS_RTX = importlib.util.find_spec("tensorrt_rtx") is not None
@@ -119,7 +119,7 @@ def test_versions_are_compared_as_numbers(text: str, numbers: tuple[int, ...]) -
 @needs_rtx
 def test_two_libraries_do_not_share_a_process() -> None:
     program = (
-        "from ditrim.engines.tensorrt_library import open_library\n"
+        "from ditrim.engines.backends.tensorrt.library import open_library\n"
         "library = open_library('tensorrt-rtx')\n"
         "assert library is open_library('tensorrt-rtx')\n"
         "print(library.is_rtx, library.numbers[:2] >= (1, 2))\n"
@@ -133,7 +133,7 @@ def test_two_libraries_do_not_share_a_process() -> None:
 def test_old_library_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "tensorrt.py").write_text("__version__ = '10.8.0.43'")
     program = (
-        "from ditrim.engines.tensorrt_library import open_library\n"
+        "from ditrim.engines.backends.tensorrt.library import open_library\n"
         "try: open_library('tensorrt')\n"
         "except Exception as error: print(type(error).__name__, error)\n"
     )
@@ -152,7 +152,7 @@ def test_old_library_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 def test_library_that_cannot_be_loaded_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "tensorrt.py").write_text("raise OSError('libnvinfer.so.10: cannot open')")
     program = (
-        "from ditrim.engines.tensorrt_library import open_library\n"
+        "from ditrim.engines.backends.tensorrt.library import open_library\n"
         "try: open_library('tensorrt')\n"
         "except Exception as error: print(type(error).__name__, error)\n"
     )
@@ -168,7 +168,7 @@ def test_library_that_cannot_be_loaded_is_a_clear_error(tmp_path: Path) -> None:
 def test_gpu_is_asked_without_heavy_imports() -> None:
     program = (
         "import sys\n"
-        "from ditrim.engines.tensorrt_library import present_gpu\n"
+        "from ditrim.engines.backends.tensorrt.library import present_gpu\n"
         "print(present_gpu() is None or present_gpu().capability >= (3, 0))\n"
         "print(sorted({'torch', 'tensorrt', 'tensorrt_rtx', 'numpy'} & set(sys.modules)))\n"
     )

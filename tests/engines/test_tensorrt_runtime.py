@@ -24,7 +24,8 @@ from tensorrt_stand_in import ThreadHardware, make_library, stand_in_set
 from tiny_pipelines import request, small_pictures, tiny_pipeline
 
 import ditrim.runtime as ditrim
-from ditrim.engines.context_cache import (
+from ditrim.engines.backends.onnxruntime.engines import OnnxRuntimeEngines
+from ditrim.engines.backends.tensorrt.contexts import (
     ARENA_STEP_BYTES,
     ArenaSize,
     BoundedCache,
@@ -33,11 +34,10 @@ from ditrim.engines.context_cache import (
     choose_profile,
     specialisation,
 )
-from ditrim.engines.engine_set import EngineSet
-from ditrim.engines.ladder import Ladder
+from ditrim.engines.backends.tensorrt.engines import TensorRTEngines
 from ditrim.engines.load import load_engines
-from ditrim.engines.onnxruntime import OnnxRuntimeEngines
-from ditrim.engines.tensorrt import TensorRTEngines
+from ditrim.engines.sets.engine_set import EngineSet
+from ditrim.engines.sets.ladder import Ladder
 from ditrim.plugins.errors import (
     BackendError,
     DitrimError,
@@ -82,7 +82,7 @@ def make(tiny_engine_sets: Any, tmp_path: Path) -> Make:
 @pytest.fixture
 def truth(tiny_engine_sets: Any) -> Callable[[str], OnnxRuntimeEngines]:
     """ONNX Runtime's engines of the same weights, on one thread as the stand-in is."""
-    from ditrim.engines.engine_set import load_engine_set
+    from ditrim.engines.sets.engine_set import load_engine_set
 
     def load(family: str = FAMILY) -> OnnxRuntimeEngines:
         return OnnxRuntimeEngines(load_engine_set(tiny_engine_sets(family)), "cpu", threads=1)
@@ -653,7 +653,7 @@ def test_what_is_not_finite_is_noticed_at_the_next_anchor(output: str, truth: An
 def test_latents_on_a_device_are_looked_at_on_anchor_steps(
     truth: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from ditrim.runtime import request as requests
+    from ditrim.runtime.denoising import request as requests
 
     # On a GPU it does not look at the values of later steps.
     monkeypatch.setattr(requests, "check_inputs", lambda *_, **__: None)
@@ -713,7 +713,7 @@ def test_tensorrt_rtx_has_every_name_that_the_stand_in_has() -> None:
 def test_tensorrt_rtx_itself_refuses_a_damaged_plan(make: Make, tmp_path: Path) -> None:
     """The real `Runtime` on a mapped file; without a GPU it gets as far as the file's header."""
     pytest.importorskip("tensorrt_rtx")
-    from ditrim.engines.tensorrt_library import open_library
+    from ditrim.engines.backends.tensorrt.library import open_library
 
     engines = make()
     (tmp_path / "set" / "front.plan").write_bytes(b"\0" * 4096)

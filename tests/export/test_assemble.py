@@ -19,7 +19,7 @@ from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
 from graph_sessions import GEOMETRIES, relative_error, run_sessions
 from tiny import FAMILY_NAMES, FLUX_CONFIG, QWEN_CONFIG, make_call, tiny_transformer
 
-from ditrim.engines.tensorrt_graph import graph_for_backend
+from ditrim.engines.backends.tensorrt.graph import graph_for_backend
 from ditrim.export import weights as weights_module
 from ditrim.export.assemble import (
     WeightIndex,

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from ditrim.export.cli import main
+from ditrim.commands.calibrate_layers import main
 from ditrim.plugins.errors import UsageError
-from ditrim.runtime.edit_set import load_edit_set
+from ditrim.runtime.editing.edit_set import load_edit_set
 
 
 @pytest.mark.slow

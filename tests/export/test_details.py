@@ -13,14 +13,14 @@ from algorithm_1 import run_details, run_model
 from tiny import FAMILY_NAMES, Call, make_call, tiny_transformer
 from torch import Tensor
 
-from ditrim.engines.tensorrt_graph import graph_for_backend
+from ditrim.engines.backends.tensorrt.graph import graph_for_backend
 from ditrim.export.assemble import assemble_graph, check_linked, index_weights, write_linked
 from ditrim.export.checkpoint import find_checkpoint
 from ditrim.export.family import FAMILIES
 from ditrim.export.graph import back_input_names, export_graph, write_graph
 from ditrim.export.split import BackGraph, FrontGraph, SplitPoint, processors_installed
+from ditrim.runtime.denoising.rope import flux_rope, qwen_rope
 from ditrim.runtime.policy import SCORES
-from ditrim.runtime.rope import flux_rope, qwen_rope
 
 POINT = SplitPoint(num_layers=4, front_depth=1, representative_layers=(1, 3))
 STRIDE = 2

@@ -29,7 +29,7 @@ from ditrim.export.split import (
     processors_installed,
     run_blocks,
 )
-from ditrim.runtime.rope import flux_rope
+from ditrim.runtime.denoising.rope import flux_rope
 
 POINT = SplitPoint(num_layers=4, front_depth=1, representative_layers=(3,))
 G, C, T = 12, 10, 7  # of `example_inputs`

@@ -14,9 +14,9 @@ from lora_files import layers_of, original_flux_layers, random_lora, write_lora
 from safetensors.torch import load_file, save_file
 from tiny import make_call, tiny_transformer
 
-from ditrim.engines.build import build_engine_set
-from ditrim.engines.engine_set import EngineSet
-from ditrim.engines.options import BuildOptions
+from ditrim.engines.build.build import build_engine_set
+from ditrim.engines.build.options import BuildOptions
+from ditrim.engines.sets.engine_set import EngineSet
 from ditrim.export.family import FAMILIES
 from ditrim.export.single_file import convert_single_file, describe_single_file
 from ditrim.plugins.errors import CheckpointError, UsageError

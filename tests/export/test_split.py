@@ -13,7 +13,7 @@ from torch import Tensor
 from ditrim.export.family import FAMILIES
 from ditrim.export.split import BackGraph, FrontGraph, SplitPoint, blocks_of, processors_installed
 from ditrim.plugins.errors import UsageError
-from ditrim.runtime.rope import RopeTables, flux_rope, qwen_rope
+from ditrim.runtime.denoising.rope import RopeTables, flux_rope, qwen_rope
 
 CPU = torch.device("cpu")
 GEOMETRIES = [

@@ -10,8 +10,8 @@ import pytest
 @pytest.fixture(scope="session")
 def small_engine_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder that `build-engine --preset small` leaves; never change it."""
-    from ditrim.engines.build import build_engine_set
-    from ditrim.engines.options import BuildOptions
+    from ditrim.engines.build.build import build_engine_set
+    from ditrim.engines.build.options import BuildOptions
 
     folder = tmp_path_factory.mktemp("small") / "engine"
     build_engine_set(BuildOptions(preset="small", output=str(folder)))

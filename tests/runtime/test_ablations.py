@@ -13,12 +13,12 @@ from tiny import Call, make_call, tiny_transformer
 
 import ditrim.runtime as ditrim
 from ditrim.engines.backend import Engines
-from ditrim.engines.build import build_engine_set
+from ditrim.engines.build.build import build_engine_set
+from ditrim.engines.build.options import BuildOptions
 from ditrim.engines.load import load_engines
-from ditrim.engines.options import BuildOptions
 from ditrim.plugins.errors import UsageError
+from ditrim.runtime.policies.topi import LAYERS
 from ditrim.runtime.policy import SCORES
-from ditrim.runtime.topi import LAYERS
 
 SIGMAS = [0.9, 0.5]
 NUM_KEPT = 13  # of 26 tokens

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import ditrim.runtime as ditrim
-from ditrim.engines.ladder import Ladder
+from ditrim.engines.sets.ladder import Ladder
 from ditrim.plugins.errors import UsageError
-from ditrim.runtime.auto import Auto, FlooredCoverage, concentration, kept_influence
+from ditrim.runtime.policies.auto import Auto, FlooredCoverage, concentration, kept_influence
+from ditrim.runtime.policies.quality import CAP_DB, Outlook, QualityModel, load_quality
 from ditrim.runtime.policy import CallView, StepView
-from ditrim.runtime.quality import CAP_DB, Outlook, QualityModel, load_quality
 
 GRID = (6, 8)
 LENGTH = 48

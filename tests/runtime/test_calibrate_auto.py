@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ditrim.runtime.auto import Auto
-from ditrim.runtime.auto_cli import main
-from ditrim.runtime.quality import Outlook, load_quality
+from ditrim.commands.calibrate_auto import main
+from ditrim.runtime.policies.auto import Auto
+from ditrim.runtime.policies.quality import Outlook, load_quality
 
 
 def write_comparison(folder: Path, num_rows: int = 60) -> Path:

@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 
 import ditrim.runtime as ditrim
-from ditrim.engines.engine_set import load_engine_set
+from ditrim.commands.calibrate_cache import main
 from ditrim.engines.load import load_engines
+from ditrim.engines.sets.engine_set import load_engine_set
 from ditrim.plugins.errors import UsageError
-from ditrim.runtime.cache_calibration import (
+from ditrim.runtime.caches.calibration import (
     CacheCalibration,
     ChangePoint,
     ChangeRecorder,
@@ -29,9 +30,8 @@ from ditrim.runtime.cache_calibration import (
     step_cache_from,
     weights_digest,
 )
-from ditrim.runtime.cache_cli import main
+from ditrim.runtime.caches.step_cache import FrontView, StepCache, TeaCache
 from ditrim.runtime.small_editor import load_small_pipeline, scenes
-from ditrim.runtime.step_cache import FrontView, StepCache, TeaCache
 
 
 def points_on(polynomial: tuple[float, ...], count: int) -> list[ChangePoint]:

@@ -20,12 +20,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from ditrim.commands.evaluate_policies import main
 from ditrim.plugins.errors import DitrimError, UsageError
-from ditrim.runtime.comparison import REFERENCE, evenly, noise_seed, plain, shown_edits
-from ditrim.runtime.comparison_cli import main
-from ditrim.runtime.comparison_edits import choose_edits
-from ditrim.runtime.comparison_folder import ComparisonFolder, merged_settings, open_folder
-from ditrim.runtime.comparison_metrics import (
+from ditrim.runtime.editing.edit_set import load_edit_set
+from ditrim.runtime.evaluation.comparison import REFERENCE, evenly, noise_seed, plain, shown_edits
+from ditrim.runtime.evaluation.edits import choose_edits
+from ditrim.runtime.evaluation.folder import ComparisonFolder, merged_settings, open_folder
+from ditrim.runtime.evaluation.page import data_uri, draw_plots
+from ditrim.runtime.evaluation.summary import (
+    by_edit,
+    complete_rows,
+    paired_differences,
+    ranks_of,
+    rows_as_csv,
+    summarise_rows,
+)
+from ditrim.runtime.metrics import (
     RESAMPLES,
     compare_pictures,
     mean_interval,
@@ -34,16 +44,6 @@ from ditrim.runtime.comparison_metrics import (
     region_mean,
     ssim_and_map,
 )
-from ditrim.runtime.comparison_page import data_uri, draw_plots
-from ditrim.runtime.comparison_summary import (
-    by_edit,
-    complete_rows,
-    paired_differences,
-    ranks_of,
-    rows_as_csv,
-    summarise_rows,
-)
-from ditrim.runtime.edit_set import load_edit_set
 
 Run = Callable[..., tuple[int, dict[str, Any], str]]
 POLICIES = ("topi tau=0.7 interval=2", 'Half <b>&": random ratio=0.5 interval=2', "full cache=0.5")

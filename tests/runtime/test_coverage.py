@@ -11,9 +11,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ditrim.engines.ladder import Ladder
+from ditrim.engines.sets.ladder import Ladder
 from ditrim.plugins.errors import UsageError
-from ditrim.runtime.budget import (
+from ditrim.runtime.tokens.budget import (
     budget_counts,
     fill_up,
     keep_region,
@@ -22,13 +22,13 @@ from ditrim.runtime.budget import (
     select_top,
     share_out,
 )
-from ditrim.runtime.coverage import (
+from ditrim.runtime.tokens.coverage import (
     hilbert_order,
     inclusion_chances,
     select_by_coverage,
     select_with_coverage,
 )
-from ditrim.runtime.selection import select_by_influence
+from ditrim.runtime.tokens.selection import select_by_influence
 
 KINDS = ["random", "equal", "zero", "one", "ties"]
 GRIDS = st.lists(st.tuples(st.integers(1, 7), st.integers(1, 7)), min_size=1, max_size=3)

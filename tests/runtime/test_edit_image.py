@@ -20,13 +20,13 @@ import torch
 from PIL import Image
 from tiny_pipelines import tiny_pipeline
 
-from ditrim.engines.engine_set import load_engine_set
+from ditrim.commands.edit_image import main
+from ditrim.engines.sets.engine_set import load_engine_set
 from ditrim.plugins.errors import DitrimError, UsageError
-from ditrim.runtime.cli import main
-from ditrim.runtime.pipelines import EditRequest, load_pipeline, prepare_request
+from ditrim.runtime.editing.pipelines import EditRequest, load_pipeline, prepare_request
 from ditrim.runtime.small_editor.evaluation import measure_psnr
 
-PROGRAM = "import sys; from ditrim.runtime.cli import main; sys.exit(main())"
+PROGRAM = "import sys; from ditrim.commands.edit_image import main; sys.exit(main())"
 Run = Callable[..., tuple[int, dict[str, Any], str]]
 
 
@@ -532,8 +532,8 @@ def test_kontext_pipeline_is_found_beside_the_weights_and_agrees_with_torch(
     from diffusers import FluxKontextPipeline
     from diffusers.pipelines.flux import pipeline_flux_kontext as kontext
 
-    from ditrim.engines.build import build_engine_set
-    from ditrim.engines.options import BuildOptions
+    from ditrim.engines.build.build import build_engine_set
+    from ditrim.engines.build.options import BuildOptions
 
     monkeypatch.setattr(kontext, "PREFERRED_KONTEXT_RESOLUTIONS", [(96, 64), (64, 96)])
     folder, engine = tmp_path / "kontext", tmp_path / "engine"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ditrim.runtime.engine_calls import gather_rows
+from ditrim.runtime.denoising.calls import gather_rows
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -17,11 +17,11 @@ from tiny import FAMILY_NAMES, tiny_transformer
 from tiny_pipelines import request, small_pictures, tiny_pipeline
 
 import ditrim.runtime as ditrim
-from ditrim.engines.build import build_engine_set
-from ditrim.engines.cli import main as build_engine
-from ditrim.engines.engine_set import load_engine_set
+from ditrim.commands.build_engine import main as build_engine
+from ditrim.engines.build.build import build_engine_set
+from ditrim.engines.build.options import BuildOptions
 from ditrim.engines.load import load_engines
-from ditrim.engines.options import BuildOptions
+from ditrim.engines.sets.engine_set import load_engine_set
 from ditrim.plugins.errors import CheckpointError, UsageError
 
 
@@ -106,7 +106,7 @@ def test_the_same_weights_in_another_dtype_are_accepted(dtype: torch.dtype, load
 
 
 def test_only_samples_of_the_weights_are_read(loaded: Any, monkeypatch: Any) -> None:
-    from ditrim.engines import fingerprints
+    from ditrim.engines.sets import fingerprints
     from ditrim.runtime import fit
 
     read: list[int] = []

@@ -9,14 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from ditrim.engines.files import write_file
 from ditrim.plugins.errors import DitrimError, UsageError
-from ditrim.runtime import images
-from ditrim.runtime.images import (
-    check_picture_output,
-    open_picture,
-    save_picture,
-    write_file,
-)
+from ditrim.runtime.editing import pictures as images
+from ditrim.runtime.editing.pictures import check_picture_output, open_picture, save_picture
 
 RED = (200, 30, 40)
 

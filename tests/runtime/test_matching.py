@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ditrim.plugins.errors import UsageError
-from ditrim.runtime.matching import (
+from ditrim.runtime.tokens.matching import (
     Merge,
     TokenMerge,
     cell_destinations,
@@ -373,7 +373,7 @@ def test_guidance_importance_is_the_mean_absolute_difference() -> None:
 def test_long_sequences_are_matched_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     metric = features(2, 50)
     whole = tomesd(metric, ((5, 10),), 20, generator())
-    monkeypatch.setattr("ditrim.runtime.matching._CHUNK", 7)
+    monkeypatch.setattr("ditrim.runtime.tokens.matching._CHUNK", 7)
     parts = tomesd(metric, ((5, 10),), 20, generator())
     assert torch.equal(whole.kept, parts.kept)
     assert torch.equal(whole.assignment, parts.assignment)

@@ -14,11 +14,11 @@ import torch
 from tiny import make_call
 
 import ditrim.runtime as ditrim
-from ditrim.engines.ladder import Ladder
 from ditrim.engines.load import load_engines
+from ditrim.engines.sets.ladder import Ladder
 from ditrim.plugins.errors import UsageError
-from ditrim.runtime.draws import generator_of
 from ditrim.runtime.policy import CallView, Reduction, StepView
+from ditrim.runtime.tokens.draws import generator_of
 
 Array = npt.NDArray[np.float64]
 Groups = dict[int, list[int]]  # kept token -> the tokens that it stands for

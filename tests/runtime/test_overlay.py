@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ditrim.runtime.overlay import (
+from ditrim.runtime.editing.overlay import (
     Panel,
     draw_strip,
     enlarge,

@@ -12,11 +12,11 @@ from algorithm_1 import kept_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ditrim.engines.ladder import Ladder
+from ditrim.engines.sets.ladder import Ladder
 from ditrim.plugins.errors import UsageError
 from ditrim.runtime import CoverageToPi, FullContext, RandomDrop, ToPi
 from ditrim.runtime.policy import CallView, Reduction
-from ditrim.runtime.selection import select_by_influence
+from ditrim.runtime.tokens.selection import select_by_influence
 
 
 def ladder(longest: int, granularity: int = 1) -> Ladder:

@@ -9,7 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ditrim.plugins.errors import UsageError
-from ditrim.runtime.baselines import RandomDrop, ToMeSD
+from ditrim.runtime.caches.step_cache import StepCache, TeaCache
+from ditrim.runtime.policies.baselines import RandomDrop, ToMeSD
+from ditrim.runtime.policies.tokendrop import TokenDrop
+from ditrim.runtime.policies.topi import CoverageToPi, ToPi
 from ditrim.runtime.policy import FullContext
 from ditrim.runtime.policy_text import (
     POLICIES,
@@ -19,9 +22,6 @@ from ditrim.runtime.policy_text import (
     policy_to_text,
     split_label,
 )
-from ditrim.runtime.step_cache import StepCache, TeaCache
-from ditrim.runtime.tokendrop import TokenDrop
-from ditrim.runtime.topi import CoverageToPi, ToPi
 
 
 @pytest.mark.parametrize(

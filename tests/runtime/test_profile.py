@@ -32,11 +32,14 @@ from made_up_profile import (
     row,
 )
 
-from ditrim.engines.cost import Peak
-from ditrim.engines.devices import DEVICES
-from ditrim.engines.flops import CallSize
+from ditrim.engines.cost.cost import Peak
+from ditrim.engines.cost.devices import DEVICES
+from ditrim.engines.cost.flops import CallSize
 from ditrim.plugins.errors import UsageError
-from ditrim.runtime.profile import (
+from ditrim.runtime.profiling.file import load_profile
+from ditrim.runtime.profiling.measure import grid_of
+from ditrim.runtime.profiling.page import step_parts
+from ditrim.runtime.profiling.profile import (
     PRODUCT,
     Row,
     describe_row,
@@ -46,11 +49,8 @@ from ditrim.runtime.profile import (
     quantile,
     statistics_of,
 )
-from ditrim.runtime.profile_file import load_profile
-from ditrim.runtime.profile_measure import grid_of
-from ditrim.runtime.profile_page import step_parts
-from ditrim.runtime.profile_projection import compare, project, target_from
-from ditrim.runtime.profile_schedule import (
+from ditrim.runtime.profiling.projection import compare, project, target_from
+from ditrim.runtime.profiling.run_cost import (
     RecordedRun,
     RunSchedule,
     StepTimes,
@@ -59,14 +59,14 @@ from ditrim.runtime.profile_schedule import (
     parse_schedule,
     replay,
 )
-from ditrim.runtime.profile_text import (
+from ditrim.runtime.profiling.text import (
     comparison_table,
     number,
     profile_table,
     projection_table,
     schedule_lines,
 )
-from ditrim.runtime.selection import count_by_influence
+from ditrim.runtime.tokens.selection import count_by_influence
 
 # Statistics
 
@@ -582,7 +582,7 @@ def test_a_file_that_is_no_report_is_refused(tmp_path: Path, text: str) -> None:
 
 def test_laps_between_events_add_up_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
     """The arithmetic alone: events whose times are given, in the place of CUDA's."""
-    from ditrim.runtime.event_clock import EventClock
+    from ditrim.runtime.denoising.event_clock import EventClock
 
     times = iter([0.0, 3.0, 5.0, 9.0])
 
@@ -612,7 +612,7 @@ def test_laps_between_events_add_up_by_part(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_cuda_events_time_what_runs_on_the_stream() -> None:
-    from ditrim.runtime.event_clock import EventClock
+    from ditrim.runtime.denoising.event_clock import EventClock
 
     matrix = torch.randn(2048, 2048, device="cuda")
     clock = EventClock(torch.device("cuda", 0))

@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 from made_up_profile import GEOMETRY, made_up, row
 
-from ditrim.runtime.profile import PARTS, PRODUCT, noise_complaint
-from ditrim.runtime.profile_cli import main
-from ditrim.runtime.profile_file import load_profile
-from ditrim.runtime.profile_schedule import RunSchedule, StepTimes, estimate_schedule, load_report
-from ditrim.runtime.profile_text import COLUMNS, table_rows
+from ditrim.commands.profile_latency import main
+from ditrim.runtime.profiling.file import load_profile
+from ditrim.runtime.profiling.profile import PARTS, PRODUCT, noise_complaint
+from ditrim.runtime.profiling.run_cost import RunSchedule, StepTimes, estimate_schedule, load_report
+from ditrim.runtime.profiling.text import COLUMNS, table_rows
 
 Command = Callable[..., tuple[int, dict[str, Any], str]]
 
@@ -159,7 +159,7 @@ def test_profiles_of_other_engine_sets_machines_and_sizes_are_compared(
 def test_a_report_of_edit_image_gives_the_kept_share(
     measured: Path, small_engine_set: Path, tmp_path: Path, run: Command
 ) -> None:
-    from ditrim.runtime.cli import main as edit_image
+    from ditrim.commands.edit_image import main as edit_image
     from ditrim.runtime.small_editor import samples_folder
 
     picture = sorted(samples_folder().glob("*.png"))[0]
@@ -324,7 +324,7 @@ def test_an_existing_folder_gets_new_files(made_up_file: Path, run: Command) -> 
 @pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
 def test_an_interrupted_run_leaves_nothing(small_engine_set: Path, tmp_path: Path) -> None:
     folder = tmp_path / "out"
-    program = "from ditrim.runtime.profile_cli import main; raise SystemExit(main())"
+    program = "from ditrim.commands.profile_latency import main; raise SystemExit(main())"
     command = [sys.executable, "-c", program, "--engine", small_engine_set]
     command += ["--repeats", "10000", "--output", folder]
     process = subprocess.Popen(
@@ -348,8 +348,8 @@ def test_an_interrupted_run_leaves_nothing(small_engine_set: Path, tmp_path: Pat
 def test_pictures_of_as_many_tokens_are_measured_once(
     small_engine_set: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from ditrim.engines.engine_set import load_engine_set
-    from ditrim.runtime.profile_cli import _parser, geometries_of
+    from ditrim.commands.profile_latency import _parser, geometries_of
+    from ditrim.engines.sets.engine_set import load_engine_set
 
     wanted = ["--engine", "x", "--resolution", "48x24", "--resolution", "24x48", "--text", "4"]
     args = _parser().parse_args(wanted)

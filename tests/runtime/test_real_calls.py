@@ -19,9 +19,9 @@ from complete_pipelines import make_pipeline, prompt_of, save_pipeline
 from PIL import Image
 
 import ditrim.runtime as ditrim
-from ditrim.engines.cli import main as build_engine
+from ditrim.commands.build_engine import main as build_engine
+from ditrim.commands.edit_image import main as edit_image
 from ditrim.engines.load import load_engines
-from ditrim.runtime.cli import main as edit_image
 
 LIMIT = 1e-4
 # Aspect ratios of photographs, screens and paper; all but the first were over the former limits.

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.filters import threshold_triangle
 
-from ditrim.engines.ladder import Ladder
+from ditrim.engines.sets.ladder import Ladder
 from ditrim.plugins.errors import UsageError
-from ditrim.runtime.residual import (
+from ditrim.runtime.tokens.residual import (
     ResidualMask,
     adaptive_mask,
     blur_on_grid,

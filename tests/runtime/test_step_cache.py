@@ -15,16 +15,16 @@ from tiny import Call, make_call, tiny_transformer
 import ditrim.runtime as ditrim
 from ditrim.engines.load import load_engines
 from ditrim.plugins.errors import UsageError
-from ditrim.runtime.baselines import ToMA, ToMeSD
-from ditrim.runtime.importance_merge import ImportanceMerge
-from ditrim.runtime.step_cache import (
+from ditrim.runtime.caches.step_cache import (
     CacheMemory,
     FrontView,
     StepCache,
     TeaCache,
     relative_changes,
 )
-from ditrim.runtime.tokendrop import TokenDrop
+from ditrim.runtime.policies.baselines import ToMA, ToMeSD
+from ditrim.runtime.policies.importance_merge import ImportanceMerge
+from ditrim.runtime.policies.tokendrop import TokenDrop
 
 SIGMAS = [1.0, 0.97, 0.93, 0.8, 0.75, 0.5, 0.45, 0.4, 0.2, 0.15]
 GRIDS: dict[str, Any] = {"noisy": (4, 5), "references": ((4, 5), (2, 3))}
@@ -392,8 +392,8 @@ def test_resuming_anywhere_equals_an_uninterrupted_run(
 @pytest.fixture(scope="module")
 def embedding_only(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny engine set with K = 0: FRONT embeds and no more."""
-    from ditrim.engines.build import build_engine_set
-    from ditrim.engines.options import BuildOptions
+    from ditrim.engines.build.build import build_engine_set
+    from ditrim.engines.build.options import BuildOptions
 
     root = tmp_path_factory.mktemp("k0")
     tiny_transformer("qwen-edit", num_layers=2).save_pretrained(root / "checkpoint")

@@ -17,8 +17,8 @@ from tiny import make_call, tiny_transformer
 from tiny_pipelines import request, small_pictures, tiny_pipeline
 
 import ditrim.runtime as ditrim
-from ditrim.engines.ladder import Ladder
 from ditrim.engines.load import load_engines
+from ditrim.engines.sets.ladder import Ladder
 from ditrim.plugins.errors import DitrimError, UsageError
 from ditrim.runtime.policy import UNCHANGED, Reduction, StepOutcome, StepView
 

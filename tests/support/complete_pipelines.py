@@ -184,7 +184,7 @@ def _qwen_parts(seed: int) -> dict[str, Any]:
         Qwen2VLImageProcessor,
     )
 
-    from ditrim.runtime.qwen_processor import PictureProcessor
+    from ditrim.runtime.editing.qwen_processor import PictureProcessor
 
     tokenizer = _qwen_tokenizer()
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in _SPECIAL}

@@ -1,0 +1,1 @@
+"""ONNX Runtime: any machine's CPU, and CUDA with onnxruntime-gpu."""

@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX: plans are built, loaded, refitted and run."""

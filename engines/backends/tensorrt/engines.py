@@ -1,0 +1,406 @@
+"""The TensorRT and TensorRT-RTX backends: plans on an NVIDIA GPU, by address.
+
+Replaces: a context that changes its shapes, a buffer set for each context, and copies to and from
+them. Contexts are keyed by shape and never change it; they share one activation arena, so runs of
+all sessions take turns: a lock orders them on the host, an event on the device. Inputs and outputs
+are the caller's own tensors. `context_cache.py` decides, `cuda_device.py` touches CUDA.
+
+**Not run on a GPU yet.** Limits: one request at a time makes progress on the device, however many
+sessions share the engines. Trade-off: one arena in place of one for every context, which at 20 G
+parameters would not fit.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ditrim.engines.backends.tensorrt.contexts import (
+    GRAPH_MODES,
+    Action,
+    Addresses,
+    ArenaSize,
+    BoundedCache,
+    ContextKey,
+    GraphBook,
+    GraphMode,
+    ReplayVerdict,
+    axes_of,
+    check_outputs,
+    choose_profile,
+    specialisation,
+)
+from ditrim.engines.backends.tensorrt.device import CaptureError, CudaHardware, Hardware
+from ditrim.engines.backends.tensorrt.library import (
+    Library,
+    check_target,
+    log_captured,
+    open_library,
+)
+from ditrim.engines.backends.tensorrt.plan import LoadedPlan, PlanLoader, said
+from ditrim.engines.forking import check_not_forked
+from ditrim.engines.sets.engine_set import EngineSet
+from ditrim.engines.sets.manifest import PlanSpec
+from ditrim.engines.sets.specs import TensorSpec
+from ditrim.plugins.errors import BackendError, UsageError
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int64": torch.int64,
+}
+_PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_MOST_PENDING = 32
+
+
+@dataclass(slots=True)
+class _Context:
+    """An execution context, made for one set of shapes.
+
+    Attributes:
+        native: the library's.
+        num_bytes: of activations that it needs.
+        book: its graphs.
+        generation: of the arena that it was told; -1 before the first.
+        addresses: of the tensors that it was told.
+        last_use: event after its last run.
+        runs: how often it ran.
+    """
+
+    native: Any
+    num_bytes: int
+    book: GraphBook[Any]
+    generation: int = -1
+    addresses: Addresses = ()
+    last_use: Any = None
+    runs: int = 0
+
+
+class TensorRTEngines:
+    """The plans of an engine set, ready to run (see `Engines`)."""
+
+    def __init__(
+        self,
+        engine_set: EngineSet,
+        device: str = "auto",
+        max_contexts: int = 16,
+        cuda_graphs: GraphMode = "auto",
+        *,
+        library: Library | None = None,
+        hardware: Hardware | None = None,
+    ) -> None:
+        """Load every plan once.
+
+        Args:
+            engine_set: built for "tensorrt" or "tensorrt-rtx".
+            device: "auto" (the first GPU), "cuda" or "cuda:N".
+            max_contexts: execution contexts kept, the most recently used; at least 2.
+            cuda_graphs: "auto" measures whether replaying pays, "on" always replays, "off" never.
+            library, hardware: in place of the installed library and of a GPU, to test.
+
+        Raises:
+            EngineSetError: the plans were built for another library, driver or GPU, or are damaged.
+            BackendError: the library or a GPU is missing, or memory ran out.
+        """
+        manifest = engine_set.manifest
+        if cuda_graphs not in GRAPH_MODES:
+            raise UsageError(f"cuda_graphs is {cuda_graphs!r}; allowed: {', '.join(GRAPH_MODES)}")
+        if isinstance(max_contexts, bool) or not isinstance(max_contexts, int) or max_contexts < 2:
+            raise UsageError(
+                f"max_contexts is {max_contexts!r}; it must be a whole number, 2 or more (FRONT "
+                "and BACK)"
+            )
+        ordinal = _ordinal_of(device, manifest.backend)
+        if library is None:
+            check_target(manifest, ordinal=ordinal, folder=engine_set.folder)
+            library = open_library(manifest.backend)
+        self.engine_set = engine_set
+        self.dtype = _PRECISIONS[manifest.precision]
+        self._library = library
+        self._hardware: Hardware = hardware if hardware is not None else CudaHardware(ordinal)
+        self.device = self._hardware.device
+        self._mode = cuda_graphs
+        kernels, why = specialisation(manifest.ladder, cuda_graphs)
+        self._lock = threading.Lock()
+        self._contexts: BoundedCache[ContextKey, _Context] = BoundedCache(max_contexts)
+        self._arena = ArenaSize()
+        self._buffer: torch.Tensor | None = None
+        self._last_use: Any = None
+        self._pending: deque[tuple[ReplayVerdict, Action, Any, Any]] = deque(maxlen=_MOST_PENDING)
+        self._counts = {"contexts": 0, "evicted": 0, "enqueue": 0, "capture": 0, "replay": 0}
+        with self._hardware.session_stream():
+            # Kept: its runtime has to live as long as the plans.
+            self._loader = PlanLoader(engine_set, library, self._hardware.name, kernels)
+            self._plans = {role: self._loader.load(role) for role in manifest.plans}
+        self.choice = (
+            f"{self._hardware.name}, {library.backend} {library.version}; CUDA graphs: "
+            + ({"auto": "where they measure faster", "on": "always", "off": "never"}[cuda_graphs])
+        )
+        if library.is_rtx:
+            self.choice += f"; {kernels} kernels: {why}"
+
+    def run(
+        self, role: str, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]
+    ) -> None:
+        """See `Engines.run`. Queues the work and returns; the caller's stream waits for it."""
+        check_not_forked()
+        plan = self._plan_of(role)
+        tensors = {spec.name: inputs.get(spec.name) for spec in plan.spec.inputs}
+        tensors |= {spec.name: outputs.get(spec.name) for spec in plan.spec.outputs}
+        given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        shapes = {name: tuple(tensor.shape) for name, tensor in given.items()}
+        axes = axes_of(plan.spec, shapes, role)
+        check_outputs(plan.spec, shapes, axes, role)
+        for spec in (*plan.spec.inputs, *plan.spec.outputs):
+            self._check_tensor(spec, given[spec.name], role)
+        key = ContextKey(
+            role=plan.role,
+            profile=choose_profile(plan.spec, axes, role, self.engine_set.rebuild_command),
+            shapes=tuple(shapes[spec.name] for spec in plan.spec.inputs),
+        )
+        held = self._aligned(plan.spec, given, role)
+        addresses = tuple(tensor.data_ptr() for tensor in held)
+        with self._hardware.session_stream() as stream, self._lock:
+            self._run_in_turn(plan, key, tuple(given), addresses, stream)
+
+    def synchronize(self) -> None:
+        """See `Engines.synchronize`: waits for what the calling thread queued."""
+        self._hardware.synchronize()
+
+    def stats(self) -> dict[str, Any]:
+        """Counts of contexts and runs, arena bytes, and what the trials of CUDA graphs came to."""
+        with self._lock:
+            self._settle()
+            verdicts = {
+                f"{role} profile {index}": verdict.as_dict()
+                for role, plan in self._plans.items()
+                for index, verdict in sorted(plan.verdicts.items())
+            }
+            return {
+                **self._counts,
+                "live_contexts": len(self._contexts),
+                "arena_bytes": self._arena.num_bytes,
+                "arena_growths": self._arena.generation,
+                "cuda_graphs": verdicts,
+            }
+
+    def _plan_of(self, role: str) -> LoadedPlan:
+        """Anchor steps run on the plan of their own where there is one."""
+        return self._plans[role] if role in self._plans else self._plans["back"]
+
+    def _check_tensor(self, spec: TensorSpec, tensor: torch.Tensor, role: str) -> None:
+        dtype = _DTYPES[spec.dtype]
+        if tensor.dtype != dtype or tensor.device != self.device or not tensor.is_contiguous():
+            raise UsageError(
+                f"{role}: {spec.name} is {tensor.dtype} on {tensor.device} with strides "
+                f"{tensor.stride()}; the plan takes contiguous {dtype} on {self.device}"
+            )
+
+    def _aligned(
+        self, spec: PlanSpec, given: Mapping[str, torch.Tensor], role: str
+    ) -> list[torch.Tensor]:
+        """The tensors, with copies of inputs that begin where no plan reads.
+
+        Such is a part of a larger tensor, as the references behind the noisy latents. The caller's
+        stream copies, and reuses the memory in order, so that the copies need no other owner.
+        """
+        held = []
+        outputs = {tensor.name for tensor in spec.outputs}
+        for name, tensor in given.items():
+            if tensor.data_ptr() % self._hardware.alignment:
+                if name in outputs:
+                    raise UsageError(
+                        f"{role}: the output {name} does not begin at a multiple of "
+                        f"{self._hardware.alignment} bytes; give a tensor of its own"
+                    )
+                tensor = tensor.clone()
+            held.append(tensor)
+        return held
+
+    # Running: everything below here holds the lock.
+
+    def _run_in_turn(
+        self,
+        plan: LoadedPlan,
+        key: ContextKey,
+        names: tuple[str, ...],
+        addresses: Addresses,
+        stream: Any,
+    ) -> None:
+        hardware = self._hardware
+        self._settle()
+        if self._last_use is not None:
+            hardware.wait(stream, self._last_use)  # the arena is another run's until then
+        context = self._contexts.get(key)
+        if context is None:
+            context = self._make_context(plan, key, stream)
+        self._fit_arena(context, key)
+        if context.addresses != addresses:
+            for name, address in zip(names, addresses, strict=True):
+                if not context.native.set_tensor_address(name, address):
+                    raise BackendError(f"{key.role}: the plan refuses an address for {name}")
+            context.addresses = addresses
+        action = context.book.next_action(addresses)
+        if action == "capture":
+            action = self._capture(context, addresses, stream)
+        verdict = context.book.verdict
+        is_timed = verdict.outcome == "undecided" and context.runs > 0
+        start = hardware.mark(stream) if is_timed else None
+        try:
+            if action == "enqueue":
+                self._enqueue(context, key, stream)
+            else:
+                hardware.replay(context.book.graph(addresses), stream)
+        finally:
+            self._last_use = context.last_use = hardware.mark(stream)
+        # A graph's first replay also uploads it.
+        if is_timed and action != "capture":
+            self._pending.append((verdict, action, start, self._last_use))
+        context.runs += 1
+        self._counts[action] += 1
+
+    def _enqueue(self, context: _Context, key: ContextKey, stream: Any) -> None:
+        with log_captured() as lines:
+            is_queued = context.native.execute_async_v3(self._hardware.handle(stream))
+        if not is_queued:
+            raise BackendError(
+                f"{self._library.backend} could not run the {key.role} plan at "
+                f"{_shapes_text(key)}{said(lines)}"
+            )
+
+    def _capture(self, context: _Context, addresses: Addresses, stream: Any) -> Action:
+        """Capture and keep a graph, or say why there will be none."""
+        handle, verdict = self._hardware.handle(stream), context.book.verdict
+        can_tell = hasattr(context.native, "is_stream_capturable")
+        if can_tell and not context.native.is_stream_capturable(handle):
+            verdict.refuse(f"{self._library.backend} cannot be captured in this context")
+            return "enqueue"
+        start = time.perf_counter()
+        try:
+            with log_captured() as lines:
+                graph = self._hardware.capture(
+                    stream, lambda: bool(context.native.execute_async_v3(handle))
+                )
+        except CaptureError as error:
+            verdict.refuse(f"{error}{said(lines)}")
+            logger.info("CUDA graphs: %s", verdict.reason)
+            return "enqueue"
+        context.book.keep(addresses, graph, (time.perf_counter() - start) * 1e3)
+        return "capture"
+
+    def _settle(self) -> None:
+        """Take the times of trial runs that are done, without waiting for any."""
+        while self._pending:
+            verdict, action, start, end = self._pending[0]
+            milliseconds = self._hardware.elapsed_ms(start, end)
+            if milliseconds is None:
+                return
+            self._pending.popleft()
+            before = verdict.outcome
+            verdict.record(action, milliseconds)
+            if before != verdict.outcome:
+                logger.info("CUDA graphs: %s", verdict.as_dict())
+
+    def _make_context(self, plan: LoadedPlan, key: ContextKey, stream: Any) -> _Context:
+        for old in self._contexts.make_room():
+            if old.last_use is not None:
+                self._hardware.finish(old.last_use)  # a context may not go while it runs
+            self._counts["evicted"] += 1
+        with log_captured() as lines:
+            native = self._native_context(plan)
+            problem = "a context could not be made"
+            if native is not None:
+                problem = self._fix_shapes(plan, key, native, self._hardware.handle(stream))
+        if problem:
+            raise BackendError(
+                f"{self._library.backend}: {problem} for the {key.role} plan at "
+                f"{_shapes_text(key)}{said(lines)}. If memory ran out: lower max_contexts (now "
+                f"{self._contexts.most}), the resolution or the batch, or move the text encoder "
+                "and VAE off the GPU while the engines run"
+            )
+        verdict = plan.verdicts.get(key.profile)
+        if verdict is None:
+            verdict = ReplayVerdict(mode=self._mode, reason=plan.unfit_for_graphs)
+            plan.verdicts[key.profile] = verdict
+        context = _Context(
+            native=native,
+            num_bytes=int(native.update_device_memory_size_for_shapes()),
+            book=GraphBook(verdict),
+        )
+        self._contexts.put(key, context)
+        self._counts["contexts"] += 1
+        return context
+
+    def _native_context(self, plan: LoadedPlan) -> Any:
+        if plan.runtime_config is not None:
+            return plan.engine.create_execution_context(plan.runtime_config)
+        strategy = self._library.module.ExecutionContextAllocationStrategy.USER_MANAGED
+        return plan.engine.create_execution_context(strategy)
+
+    def _fix_shapes(self, plan: LoadedPlan, key: ContextKey, native: Any, handle: int) -> str:
+        """Choose the profile and set the shapes, once and for all; returns what went wrong."""
+        if not native.set_optimization_profile_async(key.profile, handle):
+            return f"profile {key.profile} was refused"
+        for spec, shape in zip(plan.spec.inputs, key.shapes, strict=True):
+            if not native.set_input_shape(spec.name, shape):
+                return f"the shape of {spec.name} was refused"
+        try:
+            unknown = native.infer_shapes()
+        except RuntimeError as error:
+            return f"shapes do not fit together ({error})"
+        return f"shapes of {', '.join(unknown)} stay unknown" if unknown else ""
+
+    def _fit_arena(self, context: _Context, key: ContextKey) -> None:
+        """Give a context the arena, after making it as large as the context needs."""
+        if self._arena.needs_growth(context.num_bytes):
+            if self._last_use is not None:
+                self._hardware.finish(self._last_use)
+            for other in self._contexts:
+                other.book.clear()
+            size = self._arena.next_size(context.num_bytes)
+            # The old buffer goes first: both at once may not fit.
+            self._buffer = None
+            self._arena.replaced(0)
+            try:
+                self._buffer = self._hardware.allocate(size)
+            except BackendError as error:
+                raise BackendError(
+                    f"no memory for the activations of the {key.role} plan at "
+                    f"{_shapes_text(key)}: {error}. Lower the resolution, the number of "
+                    "references or the batch, or move the text encoder and VAE off the GPU while "
+                    "the engines run"
+                ) from error
+            self._arena.replaced(size)
+        if context.generation != self._arena.generation:
+            assert self._buffer is not None
+            context.native.set_device_memory(self._buffer.data_ptr(), self._arena.num_bytes)
+            context.generation = self._arena.generation
+
+
+def _ordinal_of(device: str, backend: str) -> int:
+    if device == "auto":
+        return 0
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"device {device!r} is not one of auto, cuda, cuda:N") from error
+    if chosen.type != "cuda":
+        raise UsageError(
+            f"device {device!r} was asked for, and a set of {backend} runs on NVIDIA GPUs only; "
+            "choose auto, cuda or cuda:N, or build a set with --backend onnxruntime for a CPU"
+        )
+    return chosen.index or 0
+
+
+def _shapes_text(key: ContextKey) -> str:
+    return ", ".join("x".join(map(str, shape)) for shape in key.shapes)

@@ -1,0 +1,145 @@
+"""Memory that activations of FRONT and BACK take, from lengths and configuration.
+
+TensorRT and TensorRT-RTX: the coefficients were read off TensorRT-RTX 1.7.1, which states the
+activation memory of every profile when it builds a plan (`docs/dry-run.md` has the figures and the
+errors). For `tensorrt` they are an assumption until a plan of it is measured. ONNX Runtime: off its
+CPU provider's memory while it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ditrim.engines.cost.flops import CallSize
+from ditrim.engines.cost.parameters import complete_config
+
+ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+# Hidden states of width d that are alive at the peak, for a token of (image, text).
+_DOUBLE_STREAM = (10.0, 11.0)
+_DOUBLE_STREAM_TWO_TIMES = (11.0, 11.0)  # references modulated at t = 0
+_SINGLE_STREAM = (17.0, 23.0)
+_ONNXRUNTIME = (20.0, 20.0)  # with its own operators, in float32
+_ONNXRUNTIME_STANDARD = (15.5, 15.5)
+# Rows that are scored at a time: `onnxruntime_graph.BLOCK_ROWS`, beside onnx, and those of the
+# portable function, `log_sum_exp.BLOCK_ROWS`, beside torch.
+_BLOCK_ROWS, _STANDARD_BLOCK_ROWS = 128, 64
+# The same of TensorRT-RTX, and how many blocks: those of `tensorrt_graph`, beside onnx.
+_RTX_BLOCK_ROWS, _RTX_LEAST_BLOCKS, _RTX_MOST_BLOCKS = 512, 8, 16
+# Code of a scored layer in a plan, for each profile: of the layer, and of each block of its rows.
+_SCORING_CODE, _BLOCK_CODE = 600_000, 680_000
+_PLUGIN_CODE = 1_200_000  # assumed
+# How much of a block's logits comes on top of what the graph takes anyway.
+_DOUBLE_STREAM_LOGITS = 1.0
+_SINGLE_STREAM_LOGITS = 0.5
+# TensorRT-RTX states so much more for narrow models; in wide ones the rest hides it.
+_LIBRARY_BYTES = 16 << 20
+
+
+def activation_bytes(
+    config: Mapping[str, Any],
+    architecture: str,
+    layers: range,
+    size: CallSize,
+    *,
+    backend: str,
+    precision: str,
+    num_rows: int = 0,
+    num_scored: int = 1,
+) -> int:
+    """Peak of what one call of a graph keeps besides weights, inputs and outputs.
+
+    Args:
+        config: of the diffusers transformer.
+        architecture: "qwen" or "flux".
+        layers: the graph's blocks.
+        size: of the call; `num_reference` is C, or K' where reduced.
+        backend: "onnxruntime", "tensorrt" or "tensorrt-rtx".
+        precision: "fp32", "fp16" or "bf16".
+        num_rows: noisy rows that are scored, 0 where the graph does not score.
+        num_scored: layers that score them.
+    """
+    config = complete_config(config, architecture)
+    heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
+    image, text = size.num_noisy + size.num_reference, size.num_text
+    keys, element = image + text, ELEMENT_BYTES[precision]
+    hidden = heads * head_dim * element  # of a token
+    rope = 4 * head_dim * keys  # cosines and sines of every token, float32
+    is_standard = backend == "onnxruntime" and precision != "fp32"
+    states = _states_of(config, architecture, layers, backend, precision)
+    peak = states[0] * hidden * image + states[1] * hidden * text + rope
+    if is_standard:
+        # Its standard attention is not fused: the logits of all heads, float32.
+        peak += 4 * heads * keys * keys
+    if num_rows and backend == "tensorrt-rtx":
+        # A block of rows at a time and a layer after the other: only what a layer hands over
+        # comes on top for the others.
+        is_single = states == _SINGLE_STREAM
+        part = _SINGLE_STREAM_LOGITS if is_single else _DOUBLE_STREAM_LOGITS
+        peak += part * heads * _rtx_block_rows(num_rows) * keys * element
+        peak += hidden * keys if num_scored > 1 else 0
+    elif num_rows:
+        block_rows = 0
+        if backend == "onnxruntime":
+            block_rows = _STANDARD_BLOCK_ROWS if is_standard else _BLOCK_ROWS
+        peak += num_scored * _scoring_bytes(heads, head_dim, size, num_rows, element, block_rows)
+    return round(size.batch * peak) + (backend != "onnxruntime") * _LIBRARY_BYTES
+
+
+def _states_of(
+    config: Mapping[str, Any], architecture: str, layers: range, backend: str, precision: str
+) -> tuple[float, float]:
+    if backend == "onnxruntime":
+        return _ONNXRUNTIME if precision == "fp32" else _ONNXRUNTIME_STANDARD
+    if architecture == "flux" and len(layers) and layers[-1] >= config["num_layers"]:
+        return _SINGLE_STREAM
+    return _DOUBLE_STREAM_TWO_TIMES if config.get("zero_cond_t") else _DOUBLE_STREAM
+
+
+def scoring_code_bytes(backend: str, num_rows: int) -> int:
+    """What a scored layer adds to a plan for each profile, where up to so many rows are scored."""
+    if backend != "tensorrt-rtx":
+        return _PLUGIN_CODE
+    blocks = min(max(-(-num_rows // _RTX_BLOCK_ROWS), _RTX_LEAST_BLOCKS), _RTX_MOST_BLOCKS)
+    return _SCORING_CODE + _BLOCK_CODE * (blocks if num_rows > _RTX_BLOCK_ROWS else 1)
+
+
+def _rtx_block_rows(rows: int) -> int:
+    """The most rows that TensorRT-RTX scores at a time where up to so many are scored.
+
+    Between 513 and 4095 rows `tensorrt_graph.num_row_blocks` makes them smaller than this.
+    """
+    return min(rows, max(_RTX_BLOCK_ROWS, -(-rows // _RTX_MOST_BLOCKS)))
+
+
+def _scoring_bytes(
+    heads: int, head_dim: int, size: CallSize, rows: int, element: int, block_rows: int
+) -> int:
+    """What scoring adds for a picture and a layer, where all layers' may be alive together.
+
+    Args:
+        block_rows: rows whose logits are alive at a time; 0 with the plugin, which keeps none.
+    """
+    references = size.num_reference
+    keys = size.num_noisy + references + size.num_text
+    gathered = heads * rows * head_dim * element
+    if block_rows:
+        # Transposed keys, and a block of rows as logits and as their exponentials.
+        block = 2 * 4 * heads * min(rows, block_rows) * keys
+        return 2 * gathered + heads * keys * head_dim * element + block
+    return gathered + 4 * heads * (keys + rows + references)
+
+
+def seam_bytes(
+    config: Mapping[str, Any], architecture: str, size: CallSize, *, precision: str
+) -> int:
+    """FRONT's outputs, the references gathered from them, RoPE tables and latents of a call."""
+    config = complete_config(config, architecture)
+    head_dim = config["attention_head_dim"]
+    width, element = config["num_attention_heads"] * head_dim, ELEMENT_BYTES[precision]
+    image = size.num_noisy + size.num_reference
+    states = (image + size.num_reference + size.num_text + 2) * width
+    latents = (image + size.num_noisy) * config["in_channels"]
+    latents += size.num_text * config["joint_attention_dim"]
+    rope = 4 * head_dim * (image + size.num_reference + size.num_text)
+    return size.batch * ((states + latents) * element + rope)

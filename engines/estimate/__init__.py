@@ -1,0 +1,1 @@
+"""`build-engine --dry-run`: what a set takes before it is built."""

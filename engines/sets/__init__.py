@@ -1,0 +1,1 @@
+"""Engine sets on disk: manifest, identity, checks, and how they are put in place."""

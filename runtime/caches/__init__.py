@@ -1,0 +1,1 @@
+"""Step caches: spare BACK on steps that hardly change."""

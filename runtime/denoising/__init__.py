@@ -1,0 +1,1 @@
+"""One request: its steps, its guidance branches, and the calls of FRONT and BACK."""

@@ -1,0 +1,1 @@
+"""What `edit-image` needs around the engines: pipelines, pictures, results."""

@@ -1,0 +1,1 @@
+"""`evaluate-policies`: policies side by side on the same edits."""

@@ -1,0 +1,1 @@
+"""The policies: which tokens each step runs on."""

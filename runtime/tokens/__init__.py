@@ -1,0 +1,1 @@
+"""Tensors in, tokens out: ranking, coverage, residuals, matching; no request, no step."""
