@@ -23,54 +23,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ditrim.engines.sets.ladder import Ladder
 from ditrim.plugins.errors import UsageError
 from ditrim.runtime.tokens.budget import Grids, lengths_of, share_out
-from ditrim.runtime.tokens.selection import select_by_influence
 
 _CERTAIN = 1 - 1e-9
-
-
-def select_by_coverage(
-    influence: Tensor,
-    tau: float,
-    ladder: Ladder,
-    grids: Grids,
-    *,
-    min_kept: int = 1,
-    max_kept: int | None = None,
-    exponent: float = 1.0,
-    floor: float = 0.0,
-    min_share: float = 0.25,
-    region: Tensor | None = None,
-) -> Tensor:
-    """As many tokens as ToPi Eq. 10 keeps, spread over the references.
-
-    The count is `select_by_influence`'s, bounds and rounding included; the kept tokens hold less
-    than tau of the influence, since they are not the most influential ones.
-
-    Args:
-        influence, tau, ladder, min_kept, max_kept: see `select_by_influence`.
-        grids, exponent, floor, min_share: see `select_with_coverage`.
-        region: (C,) or (B, C) bool, tokens that are always kept; the count grows as needed.
-
-    Returns:
-        (B, K') int64, ascending in each row.
-    """
-    ranked = select_by_influence(influence, tau, ladder, min_kept=min_kept, max_kept=max_kept)
-    count = ranked.shape[1]
-    if region is not None:
-        region = region.to(influence.device).expand(influence.shape)
-        count = max(count, ladder.round_up(int(region.sum(dim=1).max())))
-    return select_with_coverage(
-        influence,
-        grids,
-        count,
-        exponent=exponent,
-        floor=floor,
-        min_share=min_share,
-        region=region,
-    )
 
 
 def select_with_coverage(
@@ -81,7 +37,6 @@ def select_with_coverage(
     exponent: float = 1.0,
     floor: float = 0.0,
     min_share: float = 0.25,
-    region: Tensor | None = None,
 ) -> Tensor:
     """`count` tokens, as many in every part of every reference as its influence calls for.
 
@@ -93,7 +48,6 @@ def select_with_coverage(
             approaches top-K.
         floor: added to every token's influence, as a share of the mean.
         min_share: a reference keeps at least this share of what it would by its length alone.
-        region: (C,) or (B, C) bool, at most `count` a row: tokens that are always kept.
 
     Returns:
         (B, K') int64, ascending in each row.
@@ -106,28 +60,15 @@ def select_with_coverage(
     if count == length:
         return torch.arange(length, device=device).expand(batch, -1).contiguous()
     weights = _weights(influence, exponent, floor)
-    if region is not None:
-        region = region.to(device).expand(batch, -1)
-        if int(region.sum(dim=1).max()) > count:
-            raise UsageError(
-                f"the region holds more tokens than the {count} to keep; raise the count"
-            )
     curve = _curve(tuple(grids)).to(device)
     weights = weights[:, curve]
-    forced = None if region is None else region[:, curve]
-    chances = inclusion_chances(weights, torch.full((batch,), count, device=device), forced)
+    chances = inclusion_chances(weights, torch.full((batch,), count, device=device))
     counts = None
     if len(lengths) > 1:
         mass = torch.stack([part.sum(dim=1) for part in chances.split(lengths, dim=1)], dim=1)
         fair = [int(min_share * count * part / length) for part in lengths]
-        least = torch.tensor(fair).expand(batch, -1)
-        if forced is not None:
-            wanted = [part.sum(dim=1) for part in forced.split(lengths, dim=1)]
-            least = torch.maximum(least, torch.stack(wanted, dim=1).cpu())
-        rows = zip(mass.tolist(), least.tolist(), strict=True)
-        counts = torch.tensor(
-            [share_out(row, lengths, count, low) for row, low in rows], device=device
-        )  # (B, references)
+        shares = [share_out(row, lengths, count, fair) for row in mass.tolist()]
+        counts = torch.tensor(shares, device=device)  # (B, references)
     keeps = []
     start = 0
     for index, part in enumerate(lengths):
@@ -136,8 +77,7 @@ def select_with_coverage(
         if counts is None:
             keeps.append(_draw(weights[:, here], chances, torch.tensor([[count]], device=device)))
             continue
-        own = None if forced is None else forced[:, here]
-        part_chances = inclusion_chances(weights[:, here], counts[:, index], own)
+        part_chances = inclusion_chances(weights[:, here], counts[:, index])
         keeps.append(_draw(weights[:, here], part_chances, counts[:, index : index + 1]))
     is_kept = torch.zeros(batch, length, dtype=torch.int8, device=device)
     is_kept[:, curve] = torch.cat(keeps, dim=1).to(torch.int8)
@@ -145,19 +85,16 @@ def select_with_coverage(
     return is_kept.sort(dim=1, descending=True, stable=True).indices[:, :count].contiguous()
 
 
-def inclusion_chances(weights: Tensor, counts: Tensor, forced: Tensor | None = None) -> Tensor:
+def inclusion_chances(weights: Tensor, counts: Tensor) -> Tensor:
     """Chances proportional to weights, at most 1 each, that add up to a count.
 
     Args:
         weights: (B, L) float64, above 0.
         counts: (B,), in [0, L].
-        forced: (B, L) bool, tokens whose chance is 1.
 
     Returns:
         (B, L) float64: min(1, c * weight) with the c that makes each row add up to its count.
     """
-    if forced is not None:
-        weights = weights.masked_fill(forced, torch.inf)
     ranked = weights.sort(dim=1, descending=True).values
     rest = ranked.flip(1).cumsum(dim=1).flip(1)
     above = torch.arange(weights.shape[1], device=weights.device, dtype=weights.dtype)
@@ -165,8 +102,7 @@ def inclusion_chances(weights: Tensor, counts: Tensor, forced: Tensor | None = N
     # With the n heaviest certain, the others share what is left; the first n that leaves none of
     # them above 1 is it.
     first = (factors * ranked <= 1).int().argmax(dim=1, keepdim=True)
-    chances = (factors.gather(1, first) * weights).clamp_max(1.0)
-    return chances if forced is None else torch.where(forced, 1.0, chances)
+    return (factors.gather(1, first) * weights).clamp_max(1.0)
 
 
 def _draw(weights: Tensor, chances: Tensor, counts: Tensor) -> Tensor:

@@ -36,31 +36,3 @@ def bounded_count(
     if max_kept is not None:
         count = min(count, max_kept)
     return min(count, length)
-
-
-def select_by_influence(
-    influence: torch.Tensor,
-    tau: float,
-    ladder: Ladder,
-    *,
-    min_kept: int = 1,
-    max_kept: int | None = None,
-) -> torch.Tensor:
-    """The fewest tokens that hold a fraction tau of the influence (ToPi Eq. 10).
-
-    The batch's largest count decides for all; see `bounded_count`.
-
-    Args:
-        influence, tau: see `count_by_influence`.
-        ladder, min_kept, max_kept: see `bounded_count`.
-
-    Returns:
-        (B, K') int64, ascending in each row.
-    """
-    length = influence.shape[1]
-    count = count_by_influence(influence, tau)
-    count = bounded_count(count, length, ladder, min_kept=min_kept, max_kept=max_kept)
-    if count == length:
-        return torch.arange(length, device=influence.device).expand(len(influence), -1).contiguous()
-    order = influence.sort(dim=1, descending=True, stable=True).indices
-    return order[:, :count].sort(dim=1).values

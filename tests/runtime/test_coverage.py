@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 
 from ditrim.engines.sets.ladder import Ladder
 from ditrim.plugins.errors import UsageError
+from ditrim.runtime import CoverageToPi, ToPi
+from ditrim.runtime.policy import CallView
 from ditrim.runtime.tokens.budget import (
     budget_counts,
     fill_up,
@@ -25,10 +28,8 @@ from ditrim.runtime.tokens.budget import (
 from ditrim.runtime.tokens.coverage import (
     hilbert_order,
     inclusion_chances,
-    select_by_coverage,
     select_with_coverage,
 )
-from ditrim.runtime.tokens.selection import select_by_influence
 
 KINDS = ["random", "equal", "zero", "one", "ties"]
 GRIDS = st.lists(st.tuples(st.integers(1, 7), st.integers(1, 7)), min_size=1, max_size=3)
@@ -36,6 +37,24 @@ GRIDS = st.lists(st.tuples(st.integers(1, 7), st.integers(1, 7)), min_size=1, ma
 
 def ladder(longest: int, granularity: int = 1) -> Ladder:
     return Ladder(rungs=(longest,), granularity=granularity)
+
+
+def kept_by(
+    policy: ToPi, influence: torch.Tensor, grids: Any = None, granularity: int = 1, **more: Any
+) -> torch.Tensor:
+    """What a policy keeps after an anchor."""
+    length = influence.shape[1]
+    view = CallView(
+        step=0,
+        branch="cond",
+        ladder=ladder(length, granularity),
+        grids=((1, 1), *(grids or ((1, length),))),
+        influence=influence,
+        **more,
+    )
+    kept = policy.select(view).kept
+    assert kept is not None
+    return kept
 
 
 def scores(batch: int, length: int, seed: int = 0, power: float = 2.0) -> torch.Tensor:
@@ -191,7 +210,7 @@ def test_certain_tokens_are_always_kept() -> None:
 def test_a_loud_region_does_not_starve_the_others() -> None:
     influence = torch.full((1, 144), 0.2)
     influence.view(12, 12)[:6] = 1.0
-    top = select_by_influence(influence, 0.4, ladder(144))
+    top = kept_by(ToPi(tau=0.4), influence)
     found = select_with_coverage(influence, ((12, 12),), top.shape[1])[0]
     assert (top < 72).all()
     quiet = int((found >= 72).sum())
@@ -222,32 +241,30 @@ def test_entries_of_a_batch_share_references_out_by_themselves() -> None:
 @pytest.mark.parametrize("granularity", [1, 8])
 def test_the_budget_is_topis(tau: float, granularity: int) -> None:
     influence = scores(2, 60)
-    rungs = ladder(60, granularity)
-    found = select_by_coverage(influence, tau, rungs, ((6, 10),))
-    assert found.shape == select_by_influence(influence, tau, rungs).shape
+    found = kept_by(CoverageToPi(tau=tau), influence, ((6, 10),), granularity)
+    assert found.shape == kept_by(ToPi(tau=tau), influence, ((6, 10),), granularity).shape
     if tau == 1.0:
         assert found.tolist() == [list(range(60))] * 2
-    bounded = select_by_coverage(influence, tau, rungs, ((6, 10),), min_kept=9, max_kept=17)
-    assert 9 <= bounded.shape[1] <= 17
+    policy = CoverageToPi(tau=tau, min_kept=9, max_kept=17)
+    assert 9 <= kept_by(policy, influence, ((6, 10),), granularity).shape[1] <= 17
 
 
 def test_a_single_token_is_kept() -> None:
-    assert select_by_coverage(torch.zeros(2, 1), 0.0, ladder(1), ((1, 1),)).tolist() == [[0], [0]]
+    assert kept_by(CoverageToPi(tau=0.0), torch.zeros(2, 1)).tolist() == [[0], [0]]
 
 
-def test_the_regions_tokens_are_always_kept() -> None:
+@pytest.mark.parametrize("policy", [ToPi, CoverageToPi])
+def test_the_regions_tokens_are_always_kept(policy: type[ToPi]) -> None:
     influence, grids = scores(2, 96), ((8, 8), (4, 8))
     region = torch.zeros(96, dtype=torch.bool)
     region[[5, 6, 13, 70, 95]] = True
-    for count in (5, 20, 90):
-        found = select_with_coverage(influence, grids, count, region=region)
+    for tau in (0.0, 0.3, 0.9):
+        alone = kept_by(policy(tau=tau), influence, grids, 4)
+        found = kept_by(policy(tau=tau), influence, grids, 4, region=region)
+        assert found.shape[1] >= alone.shape[1]
+        assert found.shape[1] % 4 == 0
         for row in found.tolist():
             assert {5, 6, 13, 70, 95} <= set(row)
-            assert len(row) == count
-    grown = select_by_coverage(influence, 0.0, ladder(96, 4), grids, region=region)
-    assert grown.shape == (2, 8)
-    with pytest.raises(UsageError, match="more tokens than the 4 to keep"):
-        select_with_coverage(influence, grids, 4, region=region)
 
 
 def test_impossible_counts_and_grids_are_named() -> None:

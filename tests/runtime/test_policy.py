@@ -16,7 +16,6 @@ from ditrim.engines.sets.ladder import Ladder
 from ditrim.plugins.errors import UsageError
 from ditrim.runtime import CoverageToPi, FullContext, RandomDrop, ToPi
 from ditrim.runtime.policy import CallView, Reduction
-from ditrim.runtime.tokens.selection import select_by_influence
 
 
 def ladder(longest: int, granularity: int = 1) -> Ladder:
@@ -60,7 +59,7 @@ def best(scores: torch.Tensor, count: int) -> list[int]:
 )
 def test_selection_is_the_smallest_set_that_holds_tau(scores: list[float], tau: float) -> None:
     influence = torch.tensor([scores])
-    found = select_by_influence(influence, tau, ladder(len(scores)))[0].tolist()
+    found = kept_by(ToPi(tau=tau), influence)[0]
     if tau == 1.0:
         assert found == list(range(len(scores)))
         return
@@ -81,36 +80,34 @@ def test_selection_is_the_smallest_set_that_holds_tau(scores: list[float], tau: 
 def test_selection_equals_the_plain_statement(length: int, tau: float) -> None:
     generator = torch.Generator().manual_seed(length)
     influence = torch.rand(1, length, generator=generator)
-    found = select_by_influence(influence, tau, ladder(length))[0].tolist()
+    found = kept_by(ToPi(tau=tau), influence)[0]
     expected = list(range(length)) if tau == 1.0 else kept_tokens(influence[0].double(), tau)
     assert found == expected
 
 
 def test_equal_scores_keep_the_first_tokens() -> None:
-    found = select_by_influence(torch.ones(1, 10), 0.5, ladder(10))
-    assert found[0].tolist() == [0, 1, 2, 3, 4]
+    assert kept_by(ToPi(tau=0.5), torch.ones(1, 10)) == [[0, 1, 2, 3, 4]]
 
 
 def test_rounding_keeps_the_next_ranked_tokens() -> None:
     influence = torch.tensor([[0.1, 5.0, 0.2, 4.0, 0.3, 0.0, 0.0, 0.05]])
-    exact = select_by_influence(influence, 0.9, ladder(8))[0].tolist()
-    rounded = select_by_influence(influence, 0.9, ladder(8, granularity=4))[0].tolist()
+    exact = kept_by(ToPi(tau=0.9), influence)[0]
+    rounded = kept_by(ToPi(tau=0.9), influence, granularity=4)[0]
     assert exact == [1, 3]
     assert rounded == [1, 2, 3, 4]
 
 
 def test_the_batchs_largest_count_decides_for_all() -> None:
     influence = torch.tensor([[9.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.2]])
-    found = select_by_influence(influence, 0.7, ladder(4))
-    assert found.tolist() == [[0, 1, 2], [0, 1, 3]]
+    assert kept_by(ToPi(tau=0.7), influence) == [[0, 1, 2], [0, 1, 3]]
 
 
 def test_bounds_of_the_count() -> None:
     influence = torch.arange(10.0)[None]
-    assert select_by_influence(influence, 0.0, ladder(10), min_kept=4).shape == (1, 4)
-    assert select_by_influence(influence, 0.9, ladder(10), max_kept=3)[0].tolist() == [7, 8, 9]
-    assert select_by_influence(influence, 1.0, ladder(10), max_kept=3)[0].tolist() == [7, 8, 9]
-    assert select_by_influence(influence, 0.9, ladder(10), min_kept=99).shape == (1, 10)
+    assert kept_by(ToPi(tau=0.0, min_kept=4), influence) == [[6, 7, 8, 9]]
+    assert kept_by(ToPi(tau=0.9, max_kept=3), influence) == [[7, 8, 9]]
+    assert kept_by(ToPi(tau=1.0, max_kept=3), influence) == [[7, 8, 9]]
+    assert kept_by(ToPi(tau=0.9, min_kept=99), influence) == [list(range(10))]
 
 
 def test_schedule_alternates_as_equation_11_says() -> None:
