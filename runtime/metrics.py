@@ -27,16 +27,11 @@ _DOWNLOAD_TIMEOUT_S = 30.0
 def psnr_db(
     first: npt.NDArray[Any],
     second: npt.NDArray[Any],
-    region: Mask | None = None,
     *,
     peak: float = 255.0,
-) -> float | None:
-    """Peak signal-to-noise ratio in dB, 100 at the most; none for an empty region."""
+) -> float:
+    """Peak signal-to-noise ratio in dB, 100 at the most."""
     squares = (first.astype(np.float64) - second.astype(np.float64)) ** 2
-    if region is not None:
-        if not region.any():
-            return None
-        squares = squares[region]
     error = float(squares.mean()) / peak**2
     return CAP_DB if error == 0 else min(CAP_DB, -10 * float(np.log10(error)))
 
@@ -131,7 +126,9 @@ def compare_pictures(
         distances = None if region is None else lpips.distances(found, reference)
     if region is not None:
         for name, part in (("edited", region), ("unedited", ~region)):
-            values[f"psnr_{name}_db"] = psnr_db(found, reference, part)
+            values[f"psnr_{name}_db"] = (
+                psnr_db(found[part], reference[part]) if part.any() else None
+            )
             values[f"ssim_{name}"] = region_mean(similarities, part)
             if distances is not None:
                 values[f"lpips_{name}"] = region_mean(distances, part)

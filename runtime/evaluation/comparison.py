@@ -239,8 +239,6 @@ class Comparison:
         row |= {key: None if v is None else round(v, 6) for key, v in found.items()}
         row["is_equal"] = bool(np.array_equal(np.asarray(run.image), reference))
         row |= self._saved_pictures(index, seed, request, run)
-        if run.report.notes:
-            row["notes"] = plain(run.report.notes)
         self.folder.append(row)
 
     def _saved_pictures(
@@ -309,7 +307,7 @@ def measures_of(report: RunReport) -> dict[str, Any]:
         "calls": len(report.steps),
         "calls_by_role": report.as_dict(with_steps=False)["calls_by_role"],
         "transformer_ms": round(report.total_ms, 4),
-        **({"policy_notes": report.notes} if report.notes else {}),
+        **({"policy_notes": plain(report.notes)} if report.notes else {}),
     }
 
 

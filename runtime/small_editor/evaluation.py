@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from ditrim.runtime.metrics import psnr_db, ssim_and_map
 from ditrim.runtime.small_editor.scenes import CATEGORIES, EditExample, held_out_edits
 
 if TYPE_CHECKING:
@@ -22,19 +23,6 @@ if TYPE_CHECKING:
 # Which of the held-out edits are shipped as pictures, by their number in `held_out_edits`.
 SAMPLES: tuple[int, ...] = (1, 11, 13, 17, 18, 9)
 _MARGIN = 4
-
-
-def measure_psnr(picture: Picture, truth: Picture) -> float:
-    """Peak signal-to-noise ratio of two uint8 pictures in dB; 99 where they are equal."""
-    error = float(np.mean((picture.astype(np.float64) - truth.astype(np.float64)) ** 2))
-    return 99.0 if error == 0 else float(10 * np.log10(255**2 / error))
-
-
-def measure_ssim(picture: Picture, truth: Picture) -> float:
-    """Structural similarity (Wang et al. 2004) with scikit-image's 7 x 7 windows."""
-    from skimage.metrics import structural_similarity
-
-    return float(structural_similarity(picture, truth, channel_axis=-1, data_range=255))
 
 
 def _batches(edits: Sequence[EditExample], size: int) -> Iterator[list[int]]:
@@ -80,9 +68,9 @@ def summarise(edits: Iterable[EditExample], answers: Iterable[Picture]) -> dict[
         {
             "category": edit.category,
             "kind": edit.kind,
-            "psnr_db": measure_psnr(answer, edit.target),
-            "ssim": measure_ssim(answer, edit.target),
-            "source_psnr_db": measure_psnr(edit.source, edit.target),
+            "psnr_db": psnr_db(answer, edit.target),
+            "ssim": ssim_and_map(answer, edit.target)[0],
+            "source_psnr_db": psnr_db(edit.source, edit.target),
         }
         for edit, answer in zip(edits, answers, strict=True)
     ]

@@ -24,7 +24,7 @@ from ditrim.commands.edit_image import main
 from ditrim.engines.sets.engine_set import load_engine_set
 from ditrim.plugins.errors import DitrimError, UsageError
 from ditrim.runtime.editing.pipelines import EditRequest, load_pipeline, prepare_request
-from ditrim.runtime.small_editor.evaluation import measure_psnr
+from ditrim.runtime.metrics import psnr_db
 
 PROGRAM = "import sys; from ditrim.commands.edit_image import main; sys.exit(main())"
 Run = Callable[..., tuple[int, dict[str, Any], str]]
@@ -222,7 +222,7 @@ def test_full_context_gives_the_picture_of_the_pipeline_itself(edit: Run, tmp_pa
         generator=torch.Generator().manual_seed(3),
     ).images[0]
     found = np.asarray(Image.open(tmp_path / "out.png"))
-    assert measure_psnr(found, np.asarray(expected)) > 50
+    assert psnr_db(found, np.asarray(expected)) > 50
 
 
 def test_same_seed_same_picture_and_another_seed_another(edit: Run, tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_comparison_with_everything_kept_finds_no_difference(edit: Run) -> None:
     code, content, _ = edit("--compare-full", tau=1)
     assert code == 0
     assert content["kept_ratio"] == 1
-    assert content["comparison"]["psnr_db"] == 99
+    assert content["comparison"]["psnr_db"] == 100
     assert content["comparison"]["speedup"] > 0
 
 
@@ -250,7 +250,7 @@ def test_comparison_leaves_a_strip_in_the_references_own_geometry(
     code, content, _ = edit("--compare-full", "--image", second, tau=0.5, strip=strip)
     assert code == 0
     assert content["reference_tokens"] == 324 + 144
-    assert content["comparison"]["psnr_db"] < 99
+    assert content["comparison"]["psnr_db"] < 100
     # Four panels 288 high; two of them hold 288 of the large reference and 192 of the other.
     assert Image.open(strip).width == 2 * 20 + 3 * 16 + 2 * (288 + 16 + 192) + 2 * 288
 
@@ -339,7 +339,7 @@ def test_a_cache_spares_back_and_is_reported(edit: Run) -> None:
         "tokens": "noisy",
         "reused_calls": 3,
     }
-    assert content["comparison"]["psnr_db"] < 99
+    assert content["comparison"]["psnr_db"] < 100
     code, content, _ = edit(cache="much")
     assert code == 2
     assert "a step cache is a threshold, as 0.08, or a file of calibrate-cache" in content["error"]
@@ -586,7 +586,7 @@ def test_kontext_pipeline_is_found_beside_the_weights_and_agrees_with_torch(
     ).images[0]
     found = np.asarray(Image.open(tmp_path / "out.png"))
     assert found.shape == np.asarray(expected).shape == (64, 64, 3)
-    assert measure_psnr(found, np.asarray(expected)) > 50
+    assert psnr_db(found, np.asarray(expected)) > 50
 
     code, content, _ = edit("--image", source, engine=engine)
     assert code == 2
