@@ -344,19 +344,7 @@ def _layers_of(
     layers: dict[str, _Layer] = {}
     unknown: list[str] = []
     for key in sorted(keys):
-        for part, kind in _OTHER_KINDS.items():
-            if part in key:
-                raise CheckpointError(
-                    f"--lora {path} holds {key}, which is {kind}; only plain LoRAs of linear "
-                    "layers can be merged: convert it, or merge it into the weights with the tool "
-                    "that made it and build from those"
-                )
-        if key.startswith(_TEXT_PREFIXES):
-            raise CheckpointError(
-                f"--lora {path} holds {key}, a part for a text encoder, which an engine set does "
-                "not contain: save the transformer's part alone and merge that, and load the whole "
-                "file's text encoder part into the pipeline"
-            )
+        _refuse_other_kinds(key, path)
         role, stem = _split_key(key)
         module = _module_of(stem, targets) if role is not None else None
         if role is None or module is None:
@@ -381,6 +369,22 @@ def _layers_of(
                 f"({layer.up or layer.down or layer.alpha}); the file is incomplete"
             )
     return layers
+
+
+def _refuse_other_kinds(key: str, path: Path) -> None:
+    for part, kind in _OTHER_KINDS.items():
+        if part in key:
+            raise CheckpointError(
+                f"--lora {path} holds {key}, which is {kind}; only plain LoRAs of linear layers "
+                "can be merged: convert it, or merge it into the weights with the tool that made "
+                "it and build from those"
+            )
+    if key.startswith(_TEXT_PREFIXES):
+        raise CheckpointError(
+            f"--lora {path} holds {key}, a part for a text encoder, which an engine set does not "
+            "contain: save the transformer's part alone and merge that, and load the whole file's "
+            "text encoder part into the pipeline"
+        )
 
 
 def _split_key(key: str) -> tuple[str | None, str]:

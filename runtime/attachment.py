@@ -90,19 +90,56 @@ class Attachment:
         self.detach()
 
 
-@functools.cache
-def _attached_class(base: Any) -> Any:
-    """A pipeline's class whose calls are requests of the engine set that is attached.
+class _Attached:
+    """What an attached pipeline does its own way; the rest is its class's.
 
     Everything hangs on the instance, so a light copy of the pipeline with a scheduler of its own
     (`copy.copy`) serves another thread.
     """
 
-    def opened(pipe: Any) -> OpenRequest | None:
-        transformer = vars(pipe).get("transformer")
-        is_ours = isinstance(transformer, EngineTransformer)
-        return transformer.opened_request() if is_ours else None
+    @property
+    def scheduler(self) -> Any:
+        """The pipeline's scheduler; inside a request, a view of it that reports its steps."""
+        plain, transformer = vars(self)["scheduler"], vars(self).get("transformer")
+        if not isinstance(transformer, EngineTransformer):
+            return plain
+        request = transformer.opened_request()
+        return plain if request is None else watch_scheduler(plain, request)
 
+    @scheduler.setter
+    def scheduler(self, value: Any) -> None:
+        vars(self)["scheduler"] = value
+
+    def __copy__(self) -> Any:
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
+        return other
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        other = object.__new__(type(self))
+        memo[id(self)] = other
+        vars(other).update(copy.deepcopy(vars(self), memo))
+        return other
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise UsageError(
+            "an engine set is attached to this pipeline, which cannot be pickled: detach it, and "
+            "attach the engine set's folder in the other process"
+        )
+
+
+def _refuse_to_save(self: Any, *_: Any, **__: Any) -> NoReturn:
+    raise UsageError(
+        "an engine set stands in for this pipeline's transformer and cannot be saved with it; "
+        "detach it first (leave the `with` block, or call detach())"
+    )
+
+
+@functools.cache
+def _attached_class(base: Any) -> type[Any]:
+    """A pipeline's class whose calls are requests of the engine set that is attached."""
+
+    @functools.wraps(base.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         transformer = vars(self).get("transformer")
         if not isinstance(transformer, EngineTransformer):
@@ -112,51 +149,17 @@ def _attached_class(base: Any) -> Any:
         with transformer.open_request():
             return base.__call__(self, *args, **kwargs)
 
-    def scheduler(self: Any) -> Any:
-        plain, request = vars(self)["scheduler"], opened(self)
-        return plain if request is None else watch_scheduler(plain, request)
-
-    def set_scheduler(self: Any, value: Any) -> None:
-        vars(self)["scheduler"] = value
-
-    def refuse_to_save(self: Any, *_: Any, **__: Any) -> NoReturn:
-        raise UsageError(
-            "an engine set stands in for this pipeline's transformer and cannot be saved with it; "
-            "detach it first (leave the `with` block, or call detach())"
-        )
-
-    def refuse_to_pickle(self: Any, protocol: Any) -> NoReturn:
-        raise UsageError(
-            "an engine set is attached to this pipeline, which cannot be pickled: detach it, and "
-            "attach the engine set's folder in the other process"
-        )
-
-    def shallow(self: Any) -> Any:
-        other = base.__new__(type(self))
-        vars(other).update(vars(self))
-        return other
-
-    def deep(self: Any, memo: dict[int, Any]) -> Any:
-        other = base.__new__(type(self))
-        memo[id(self)] = other
-        vars(other).update(copy.deepcopy(vars(self), memo))
-        return other
-
     members: dict[str, Any] = {
         "__doc__": base.__doc__,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
-        "__call__": functools.wraps(base.__call__)(call),
-        "__copy__": shallow,
-        "__deepcopy__": deep,
-        "__reduce_ex__": refuse_to_pickle,
-        "scheduler": property(scheduler, set_scheduler),
+        "__call__": call,
     }
     # diffusers would write a pipeline without a transformer, and only warn.
     members |= {
-        name: refuse_to_save for name in ("save_pretrained", "push_to_hub") if hasattr(base, name)
+        name: _refuse_to_save for name in ("save_pretrained", "push_to_hub") if hasattr(base, name)
     }
-    return type(base.__name__, (base,), members)
+    return type(base.__name__, (_Attached, base), members)
 
 
 def attach(

@@ -282,37 +282,38 @@ def _value(name: str, option: str, word: str, hint: Any) -> Any:
 def _read(word: str, hint: Any) -> Any:
     """A word as a type says; raises `ValueError`."""
     origin, parts = get_origin(hint), get_args(hint)
-    if hint is bool:
-        if word.lower() not in _TRUTHS:
-            raise ValueError
-        return _TRUTHS[word.lower()]
-    if hint is NoneType:
-        if word.lower() != "none":
-            raise ValueError
-        return None
+    named: dict[Any, dict[str, Any]] = {bool: _TRUTHS, NoneType: {"none": None}}
+    if hint in named:
+        return _chosen(word.lower(), named[hint])
     if hint in (int, float, str):
         return hint(word)
     if origin is Literal:
-        return next(_or_raise(part for part in parts if str(part) == word))
+        return _chosen(word, {str(part): part for part in parts})
     if origin in (Union, UnionType):
-        # A whole number stays one where both kinds are allowed; text is tried last.
-        order = [NoneType, bool, int, float]
-        for part in sorted(parts, key=lambda p: order.index(p) if p in order else len(order)):
-            try:
-                return _read(word, part)
-            except ValueError:
-                continue
-        raise ValueError
+        return _read_any(word, parts)
     if origin is tuple:
         return tuple(_read(part, parts[0]) for part in word.split(","))
     raise UsageError(f"an option of the type {hint} cannot be written as text")
 
 
-def _or_raise(found: Any) -> Any:
-    items = list(found)
-    if not items:
+def _chosen(word: str, values: dict[str, Any]) -> Any:
+    if word not in values:
         raise ValueError
-    return iter(items)
+    return values[word]
+
+
+def _read_any(word: str, hints: tuple[Any, ...]) -> Any:
+    """A word as the first type that takes it says.
+
+    A whole number stays one where both kinds are allowed; text is tried last.
+    """
+    order = [NoneType, bool, int, float]
+    for hint in sorted(hints, key=lambda p: order.index(p) if p in order else len(order)):
+        try:
+            return _read(word, hint)
+        except ValueError:
+            continue
+    raise ValueError
 
 
 def _word(value: Any) -> str:

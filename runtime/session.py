@@ -152,34 +152,12 @@ class EditSession:
             UsageError, LadderError: when the first step is asked for at the latest.
         """
         levels = _checked_sigmas(sigmas)
-        if len(references) != len(reference_grids) or not references:
-            raise UsageError(
-                f"{len(references)} references with {len(reference_grids)} grids; give at least "
-                "one reference and a (height, width) for each"
-            )
-        grids: list[Grid] = [(1, *noisy_grid), *((1, *grid) for grid in reference_grids)]
-        for name, tensor, grid in zip(
-            ["noisy", *(f"references[{i}]" for i in range(len(references)))],
-            [noisy, *references],
-            grids,
-            strict=True,
-        ):
-            if tensor.dim() != 3 or tensor.shape[1] != grid[1] * grid[2]:
-                raise UsageError(
-                    f"{name} has shape {tuple(tensor.shape)}, but its grid {grid[1:]} needs "
-                    f"(batch, {grid[1] * grid[2]}, channels)"
-                )
+        grids = _checked_grids(noisy, noisy_grid, references, reference_grids)
         branches = {"cond": (text_embeds, text_mask, pooled_text)}
         if true_cfg_scale != 1.0:
             if negative_text_embeds is None:
                 raise UsageError(f"true_cfg_scale = {true_cfg_scale} needs negative_text_embeds")
             branches["uncond"] = (negative_text_embeds, negative_text_mask, negative_pooled_text)
-        for index, tensor in enumerate(references):
-            if tensor.shape[::2] != noisy.shape[::2]:
-                raise UsageError(
-                    f"references[{index}] has shape {tuple(tensor.shape)}, but its batch and "
-                    f"channels must be those of noisy, {tuple(noisy.shape)}"
-                )
         for name, value in (("true_cfg_scale", true_cfg_scale), ("guidance", guidance)):
             if value is not None and not math.isfinite(value):
                 raise UsageError(f"{name} must be finite, got {value}")
@@ -274,6 +252,34 @@ class EditSession:
         num_noisy = grids[0][1] * grids[0][2]
         text_ids = torch.zeros(num_text, 3, dtype=torch.int64)
         return flux_rope(flux_ids(grids), text_ids, num_noisy, self._axes, device)
+
+
+def _checked_grids(
+    noisy: Tensor,
+    noisy_grid: tuple[int, int],
+    references: Sequence[Tensor],
+    reference_grids: Sequence[tuple[int, int]],
+) -> list[Grid]:
+    """The grids of the picture and of its references, whose tensors fit them and each other."""
+    if len(references) != len(reference_grids) or not references:
+        raise UsageError(
+            f"{len(references)} references with {len(reference_grids)} grids; give at least "
+            "one reference and a (height, width) for each"
+        )
+    grids: list[Grid] = [(1, *noisy_grid), *((1, *grid) for grid in reference_grids)]
+    names = ["noisy", *(f"references[{i}]" for i in range(len(references)))]
+    for name, tensor, grid in zip(names, [noisy, *references], grids, strict=True):
+        if tensor.dim() != 3 or tensor.shape[1] != grid[1] * grid[2]:
+            raise UsageError(
+                f"{name} has shape {tuple(tensor.shape)}, but its grid {grid[1:]} needs "
+                f"(batch, {grid[1] * grid[2]}, channels)"
+            )
+        if tensor.shape[::2] != noisy.shape[::2]:
+            raise UsageError(
+                f"{name} has shape {tuple(tensor.shape)}, but its batch and channels must be those "
+                f"of noisy, {tuple(noisy.shape)}"
+            )
+    return grids
 
 
 def _checked_sigmas(sigmas: Sequence[float]) -> list[float]:

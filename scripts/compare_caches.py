@@ -212,6 +212,53 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _paired(
+    rows: dict[str, list[dict[str, float]]], shares: list[float]
+) -> dict[str, dict[str, Any]]:
+    """Gains edit by edit of one variant over another."""
+    paired: dict[str, dict[str, Any]] = {}
+    for share in shares:
+        for label, first, second in (
+            ("noisy minus joint", "full + first-block", "full + first-block, joint"),
+            ("teacache minus first-block", "full + teacache", "full + first-block"),
+            ("first-block minus fewer steps", "full + first-block", "full, fewer steps"),
+            ("topi: teacache minus first-block", "topi + teacache", "topi + first-block"),
+        ):
+            gain = [
+                a["db"] - b["db"]
+                for a, b in zip(
+                    rows[f"{first} {share:g}"], rows[f"{second} {share:g}"], strict=True
+                )
+            ]
+            paired[f"{label}, {share:g}"] = {
+                "gain_db": round(float(np.mean(gain)), 2),
+                "interval_db": bootstrap_interval(gain),
+            }
+    return paired
+
+
+def _summary_of(
+    name: str,
+    share: float | None,
+    threshold: float | None,
+    rows: list[dict[str, float]],
+    steps: int,
+) -> dict[str, Any]:
+    db = [row["db"] for row in rows]
+    calls = float(np.mean([row["back_calls"] for row in rows]))
+    return {
+        "variant": name,
+        "threshold": threshold,
+        "wished_share": share,
+        "reused_share": round(1 - calls / steps, 3),
+        "back_calls": round(calls, 2),
+        "mean_db": round(float(np.mean(db)), 2),
+        "interval_db": bootstrap_interval(db),
+        "least_db": round(float(np.min(db)), 2),
+        "median_speedup": round(float(np.median([r["ratio"] for r in rows])), 3),
+    }
+
+
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Tune, run all edits, gather the figures."""
     from rich.progress import track
@@ -267,41 +314,10 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
                     "ratio": base_ms / report.total_ms,
                 }
             )
-    table = []
-    for name, (_, _, share, threshold) in variants.items():
-        db = [row["db"] for row in rows[name]]
-        calls = float(np.mean([row["back_calls"] for row in rows[name]]))
-        table.append(
-            {
-                "variant": name,
-                "threshold": threshold,
-                "wished_share": share,
-                "reused_share": round(1 - calls / args.steps, 3),
-                "back_calls": round(calls, 2),
-                "mean_db": round(float(np.mean(db)), 2),
-                "interval_db": bootstrap_interval(db),
-                "least_db": round(float(np.min(db)), 2),
-                "median_speedup": round(float(np.median([r["ratio"] for r in rows[name]])), 3),
-            }
-        )
-    paired = {}
-    for share in args.shares:
-        for label, first, second in (
-            ("noisy minus joint", "full + first-block", "full + first-block, joint"),
-            ("teacache minus first-block", "full + teacache", "full + first-block"),
-            ("first-block minus fewer steps", "full + first-block", "full, fewer steps"),
-            ("topi: teacache minus first-block", "topi + teacache", "topi + first-block"),
-        ):
-            gain = [
-                a["db"] - b["db"]
-                for a, b in zip(
-                    rows[f"{first} {share:g}"], rows[f"{second} {share:g}"], strict=True
-                )
-            ]
-            paired[f"{label}, {share:g}"] = {
-                "gain_db": round(float(np.mean(gain)), 2),
-                "interval_db": bootstrap_interval(gain),
-            }
+    table = [
+        _summary_of(name, share, threshold, rows[name], args.steps)
+        for name, (_, _, share, threshold) in variants.items()
+    ]
     return {
         "edits": args.edits,
         "tune_edits": args.tune_edits,
@@ -313,7 +329,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         "engine_identity": engines.engine_set.manifest.identity,
         "correlations_on_training_scenes": found,
         "table": table,
-        "paired": paired,
+        "paired": _paired(rows, args.shares),
     }
 
 

@@ -87,7 +87,7 @@ def run_model(
     return velocity, scores[:, :, 0].sum(dim=1) if layers else None
 
 
-def run_details(
+def run_details(  # noqa: C901 - the algorithm in one piece
     transformer: Any,
     call: Any,
     *,

@@ -15,7 +15,10 @@ from ditrim.runtime.denoising.rope import RopeTables
 from ditrim.runtime.geometry import TokenGrid
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from ditrim.engines.sets.engine_set import EngineSet
+    from ditrim.engines.sets.specs import TensorSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,8 +107,26 @@ def check_inputs(inputs: ModelInputs, engine_set: EngineSet, *, is_first: bool) 
         LadderError: more than the engine set was built for.
         UsageError: inputs that do not fit the model or are not finite.
     """
-    limits = engine_set.manifest.limits
+    _check_limits(inputs, engine_set)
+    if inputs.reference_latents.shape[1] < 1:
+        raise UsageError(
+            "no reference tokens: an in-context editor needs at least one reference picture"
+        )
     specs = {spec.name: spec for spec in engine_set.manifest.graphs["front"].inputs}
+    for name in ("noisy_latents", "reference_latents", "text_embeds", "pooled_text"):
+        _check_tensor(name, inputs, specs, is_first=is_first)
+    mask = inputs.text_mask
+    if mask is not None and mask.shape != inputs.text_embeds.shape[:2]:
+        raise UsageError(
+            f"the text mask has shape {tuple(mask.shape)}, the text embeddings need "
+            f"{tuple(inputs.text_embeds.shape[:2])}"
+        )
+    if "guidance" in specs and inputs.guidance is None:
+        raise UsageError("guidance is missing; this model has guidance embeddings")
+
+
+def _check_limits(inputs: ModelInputs, engine_set: EngineSet) -> None:
+    limits = engine_set.manifest.limits
     batch, num_noisy, _ = inputs.noisy_latents.shape
     for what, value, limit, option in (
         ("a batch of", batch, limits.batch, "max_batch"),
@@ -118,37 +139,26 @@ def check_inputs(inputs: ModelInputs, engine_set: EngineSet, *, is_first: bool) 
                 f"{what} {value} is more than the engine set was built for ({limit}); "
                 f"build it for more with: {command}"
             )
-    if inputs.reference_latents.shape[1] < 1:
-        raise UsageError(
-            "no reference tokens: an in-context editor needs at least one reference picture"
-        )
-    for name, tensor in (
-        ("noisy_latents", inputs.noisy_latents),
-        ("reference_latents", inputs.reference_latents),
-        ("text_embeds", inputs.text_embeds),
-        ("pooled_text", inputs.pooled_text),
-    ):
-        if tensor is None:
-            if name in specs:
-                raise UsageError(f"{name} is missing; this model needs it")
-            continue
-        spec = specs.get("noisy_latents" if "latents" in name else name)
-        width = tensor.shape[-1] if spec is None else spec.shape[-1]
-        if tensor.shape[-1] != width:
-            raise UsageError(f"{name} has {tensor.shape[-1]} channels, the model takes {width}")
-        if tensor.shape[0] != batch:
-            raise UsageError(f"{name} has batch {tensor.shape[0]}, noisy_latents have {batch}")
-        looks = is_first or (name == "noisy_latents" and tensor.device.type == "cpu")
-        if looks and not _is_finite(tensor):
-            raise UsageError(f"{name} hold NaN or infinite values")
-    mask = inputs.text_mask
-    if mask is not None and mask.shape != inputs.text_embeds.shape[:2]:
-        raise UsageError(
-            f"the text mask has shape {tuple(mask.shape)}, the text embeddings need "
-            f"{tuple(inputs.text_embeds.shape[:2])}"
-        )
-    if "guidance" in specs and inputs.guidance is None:
-        raise UsageError("guidance is missing; this model has guidance embeddings")
+
+
+def _check_tensor(
+    name: str, inputs: ModelInputs, specs: Mapping[str, TensorSpec], *, is_first: bool
+) -> None:
+    tensor: Tensor | None = getattr(inputs, name)
+    if tensor is None:
+        if name in specs:
+            raise UsageError(f"{name} is missing; this model needs it")
+        return
+    spec = specs.get("noisy_latents" if "latents" in name else name)
+    width = tensor.shape[-1] if spec is None else spec.shape[-1]
+    if tensor.shape[-1] != width:
+        raise UsageError(f"{name} has {tensor.shape[-1]} channels, the model takes {width}")
+    batch = inputs.noisy_latents.shape[0]
+    if tensor.shape[0] != batch:
+        raise UsageError(f"{name} has batch {tensor.shape[0]}, noisy_latents have {batch}")
+    looks = is_first or (name == "noisy_latents" and tensor.device.type == "cpu")
+    if looks and not _is_finite(tensor):
+        raise UsageError(f"{name} hold NaN or infinite values")
 
 
 def _is_finite(tensor: Tensor) -> bool:

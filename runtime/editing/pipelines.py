@@ -85,9 +85,7 @@ def load_pipeline(
 
 
 def _load(engine_set: EngineSet, location: str | None, dtype: torch.dtype | None) -> Any:
-    manifest = engine_set.manifest
-    source = manifest.source
-    revision = None
+    source, revision = engine_set.manifest.source, None
     if location is None:
         if source["kind"] == "small":
             from ditrim.runtime.small_editor import load_small_pipeline
@@ -101,46 +99,65 @@ def _load(engine_set: EngineSet, location: str | None, dtype: torch.dtype | None
         location = str(source["location"])
         revision = source["revision"] if source["kind"] == "hub" else None
     folder = _pipeline_folder(location)
-    if folder is None and not _is_hub_id(location):
-        raise UsageError(
-            f"pipeline {location} is neither a folder that exists nor a hub id (owner/name); "
-            "name one with --pipeline"
-        )
-    name = manifest.pipeline_class
-    if folder is not None:
-        found = _class_in(folder)
-        if found == SMALL_PIPELINE and manifest.architecture == "qwen":
-            from ditrim.runtime.small_editor import SmallEditPipeline
+    if folder is None:
+        if not _is_hub_id(location):
+            raise UsageError(
+                f"pipeline {location} is neither a folder that exists nor a hub id (owner/name); "
+                "name one with --pipeline"
+            )
+        return _from_hub(engine_set, location, revision, dtype)
+    return _from_folder(engine_set, folder, dtype)
 
-            return SmallEditPipeline.from_pretrained(folder)
-        if found != name:
-            raise UsageError(f"pipeline {folder} is a {found}, the engine set needs a {name}")
-    import diffusers
 
-    where = location if folder is None else str(folder)
-    options: dict[str, Any] = {"local_files_only": folder is not None}
-    if revision is not None:
-        options["revision"] = revision
-    variant = source.get("variant")
+def _from_folder(engine_set: EngineSet, folder: Path, dtype: torch.dtype | None) -> Any:
+    found, name = _class_in(folder), engine_set.manifest.pipeline_class
+    if found == SMALL_PIPELINE and engine_set.manifest.architecture == "qwen":
+        from ditrim.runtime.small_editor import SmallEditPipeline
+
+        return SmallEditPipeline.from_pretrained(folder)
+    if found != name:
+        raise UsageError(f"pipeline {folder} is a {found}, the engine set needs a {name}")
+    variant = engine_set.manifest.source.get("variant")
+    options: dict[str, Any] = {"local_files_only": True}
+    if variant is not None and _has_variant(folder, variant):
+        options["variant"] = variant
     try:
-        parts: dict[str, Any] = {"transformer": None}
-        if name.startswith("QwenImage") and importlib.util.find_spec("torchvision") is None:
-            from ditrim.runtime.editing.qwen_processor import load_picture_processor
-
-            parts["processor"] = load_picture_processor(where, subfolder="processor", **options)
-        if dtype is not None:
-            options["torch_dtype"] = dtype
-        if variant is not None and (folder is None or _has_variant(folder, variant)):
-            options["variant"] = variant
-        return getattr(diffusers, name).from_pretrained(where, **parts, **options)
+        return _from_pretrained(name, str(folder), options, dtype)
     except (OSError, ValueError) as error:
-        if folder is not None:
-            raise DitrimError(f"pipeline {folder} cannot be loaded: {error}") from error
+        raise DitrimError(f"pipeline {folder} cannot be loaded: {error}") from error
+
+
+def _from_hub(
+    engine_set: EngineSet, location: str, revision: str | None, dtype: torch.dtype | None
+) -> Any:
+    manifest = engine_set.manifest
+    given = {"revision": revision, "variant": manifest.source.get("variant")}
+    options = {key: value for key, value in given.items() if value is not None}
+    try:
+        return _from_pretrained(manifest.pipeline_class, location, options, dtype)
+    except (OSError, ValueError) as error:
         raise DitrimError(
             f"pipeline {location} is not in the local cache of the hub and cannot be downloaded: "
             "check the name, the connection and, for gated models, that you are logged in; or "
             f"name a folder with --pipeline. The hub's library says: {error}"
         ) from error
+
+
+def _from_pretrained(
+    name: str, where: str, options: dict[str, Any], dtype: torch.dtype | None
+) -> Any:
+    """A pipeline of diffusers without its transformer."""
+    import diffusers
+
+    parts: dict[str, Any] = {"transformer": None}
+    if name.startswith("QwenImage") and importlib.util.find_spec("torchvision") is None:
+        from ditrim.runtime.editing.qwen_processor import load_picture_processor
+
+        place = {key: value for key, value in options.items() if key != "variant"}
+        parts["processor"] = load_picture_processor(where, subfolder="processor", **place)
+    if dtype is not None:
+        options = {**options, "torch_dtype": dtype}
+    return getattr(diffusers, name).from_pretrained(where, **parts, **options)
 
 
 def _pipeline_folder(location: str) -> Path | None:

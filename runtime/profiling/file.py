@@ -167,19 +167,23 @@ def _check_complete(profile: Profile) -> None:
     if not profile.geometries:
         raise UsageError("it has no rows of the engine set")
     for geometry in profile.geometries:
-        rows = [row for row in profile.rows if row.geometry == geometry]
-        if min(*geometry, *(row.num_kept for row in rows)) < 1:
-            raise UsageError(f"a row of the size {geometry} has no tokens")
-        for part in GRAPH_PARTS:
-            if profile.find(part, geometry) is None:
-                raise UsageError(f"{part} of the size {geometry} is missing")
-        if profile.find("back", geometry, geometry[3]) is None:
-            raise UsageError(f"back over all references of the size {geometry} is missing")
+        _check_geometry(profile, geometry)
     size = CallSize(num_noisy=1, num_reference=1, num_text=1)
     model = profile.model_cost
     for cost in (model.front(size), model.back(size, num_rows=1)):
         if not all(is_count(value) and value for value in (cost.flops, cost.num_bytes)):
             raise UsageError("engine.config is no transformer's")
+
+
+def _check_geometry(profile: Profile, geometry: tuple[int, int, int, int]) -> None:
+    rows = [row for row in profile.rows if row.geometry == geometry]
+    if min(*geometry, *(row.num_kept for row in rows)) < 1:
+        raise UsageError(f"a row of the size {geometry} has no tokens")
+    for part in GRAPH_PARTS:
+        if profile.find(part, geometry) is None:
+            raise UsageError(f"{part} of the size {geometry} is missing")
+    if profile.find("back", geometry, geometry[3]) is None:
+        raise UsageError(f"back over all references of the size {geometry} is missing")
 
 
 def _mapping(value: object, name: str) -> Mapping[str, Any]:

@@ -102,6 +102,26 @@ def parse_schedule(text: str, kept: float | None = None) -> RunSchedule:
     Raises:
         UsageError: it does not parse; names the word and what is allowed.
     """
+    given = _numbers_in(text)
+    if "steps" not in given:
+        raise UsageError(f"--schedule {text!r}: say how many steps, as steps=40")
+    if "kept" not in given:
+        if kept is not None:
+            given["kept"] = kept
+        elif "tau" in given:
+            given |= {"kept": given["tau"], "kept_is_bound": True}
+        else:
+            raise UsageError(
+                f"--schedule {text!r}: say which share of the reference tokens is kept, as "
+                "kept=0.6, or at most, as tau=0.85, or give --report, a report of edit-image"
+            )
+    try:
+        return RunSchedule(**given)
+    except UsageError as error:
+        raise UsageError(f"--schedule {text!r}: {error}") from error
+
+
+def _numbers_in(text: str) -> dict[str, Any]:
     given: dict[str, Any] = {}
     for word in text.split():
         key, equals, value = word.partition("=")
@@ -119,22 +139,7 @@ def parse_schedule(text: str, kept: float | None = None) -> RunSchedule:
             raise UsageError(f"--schedule {text!r}: {key} must be {kind}, got {value!r}") from None
         if _KINDS[key] is float and not math.isfinite(given[key]):
             raise UsageError(f"--schedule {text!r}: {key} must be finite, got {value!r}")
-    if "steps" not in given:
-        raise UsageError(f"--schedule {text!r}: say how many steps, as steps=40")
-    if "kept" not in given:
-        if kept is not None:
-            given["kept"] = kept
-        elif "tau" in given:
-            given |= {"kept": given["tau"], "kept_is_bound": True}
-        else:
-            raise UsageError(
-                f"--schedule {text!r}: say which share of the reference tokens is kept, as "
-                "kept=0.6, or at most, as tau=0.85, or give --report, a report of edit-image"
-            )
-    try:
-        return RunSchedule(**given)
-    except UsageError as error:
-        raise UsageError(f"--schedule {text!r}: {error}") from error
+    return given
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,35 +178,7 @@ def load_report(path: str | os.PathLike[str]) -> RecordedRun:
     try:
         if path.stat().st_size > _REPORT_BYTES:
             raise UsageError(f"--report {path} is larger than any report")
-        content = parse_json(path.read_text("utf-8"))
-        calls = []
-        steps = content["run"]["steps"]
-        for step in steps:
-            role, of, kept = step["role"], int(step["num_reference"]), int(step["num_kept"])
-            if not 0 < kept <= of:
-                raise UsageError(f"--report {path}: a step kept {kept} of {of} tokens")
-            if role not in ROLES:
-                raise UsageError(f"--report {path}: a step has the role {role!r}")
-            calls.append((role, of, kept))
-        if not steps:
-            raise UsageError(f"--report {path}: it has no steps")
-        first = steps[0]
-        total_ms = float(content["run"]["total_ms"])
-        if not 0.0 < total_ms < math.inf:
-            raise UsageError(f"--report {path}: its calls took {total_ms} ms")
-        names = ("batch", "num_noisy", "num_text", "num_reference")
-        batch, noisy, text, reference = (int(first[name]) for name in names)
-        recorded = RecordedRun(
-            calls=tuple(calls),
-            geometry=(batch, noisy, text, reference),
-            total_ms=total_ms,
-            identity=str(content["engine"]["identity"]),
-            model=str(content["engine"]["model"]),
-        )
-        roles: dict[str, list[str]] = {}
-        for step in steps:
-            roles.setdefault(str(step["branch"]), []).append(step["role"])
-        return replace(recorded, schedule=_schedule_of(list(roles.values()), recorded.kept))
+        return _recorded_in(parse_json(path.read_text("utf-8")), path)
     except OSError as error:
         raise UsageError(f"--report {path} cannot be read: {error.strerror}") from error
     except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
@@ -211,6 +188,34 @@ def load_report(path: str | os.PathLike[str]) -> RecordedRun:
             f"--report {path} is no report of edit-image ({type(error).__name__}: {error}); make "
             "one with edit-image --report FILE"
         ) from None
+
+
+def _recorded_in(content: Any, path: Path) -> RecordedRun:
+    steps = content["run"]["steps"]
+    if not steps:
+        raise UsageError(f"--report {path}: it has no steps")
+    calls, roles = [], dict[str, list[str]]()
+    for step in steps:
+        role, of, kept = step["role"], int(step["num_reference"]), int(step["num_kept"])
+        if not 0 < kept <= of:
+            raise UsageError(f"--report {path}: a step kept {kept} of {of} tokens")
+        if role not in ROLES:
+            raise UsageError(f"--report {path}: a step has the role {role!r}")
+        calls.append((role, of, kept))
+        roles.setdefault(str(step["branch"]), []).append(role)
+    total_ms = float(content["run"]["total_ms"])
+    if not 0.0 < total_ms < math.inf:
+        raise UsageError(f"--report {path}: its calls took {total_ms} ms")
+    names = ("batch", "num_noisy", "num_text", "num_reference")
+    batch, noisy, text, reference = (int(steps[0][name]) for name in names)
+    recorded = RecordedRun(
+        calls=tuple(calls),
+        geometry=(batch, noisy, text, reference),
+        total_ms=total_ms,
+        identity=str(content["engine"]["identity"]),
+        model=str(content["engine"]["model"]),
+    )
+    return replace(recorded, schedule=_schedule_of(list(roles.values()), recorded.kept))
 
 
 def _schedule_of(branches: list[list[str]], kept: float) -> RunSchedule | None:

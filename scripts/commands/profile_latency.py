@@ -197,6 +197,10 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("--noisy and --resolution both say how large the picture is; give one")
     if args.precision is not None and args.project is None:
         raise UsageError("--precision goes with --project")
+    _check_ranges(args)
+
+
+def _check_ranges(args: argparse.Namespace) -> None:
     for option, value, least, most in (
         ("--repeats", args.repeats, _LEAST_REPEATS, _MOST_REPEATS),
         ("--warmup", args.warmup, 1, _MOST_REPEATS),

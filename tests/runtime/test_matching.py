@@ -89,7 +89,7 @@ def assert_same(
         np.testing.assert_allclose(copied[entry].numpy(), expected[rows], rtol=1e-12, atol=1e-12)
 
 
-def plain_toma(
+def plain_toma(  # noqa: C901 - the algorithm in one piece
     metric: Array, grids: tuple[tuple[int, int], ...], num_kept: int, tile: int, sharpness: float
 ) -> tuple[list[int], Array]:
     """Kept tokens of one sample, and A (K', N) whose columns sum to 1."""
