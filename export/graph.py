@@ -47,7 +47,7 @@ _ROPE = tuple(name for name in _AXES if "_rope_" in name)
 
 
 def front_input_names(graph: FrontGraph) -> list[str]:
-    """Inputs of FRONT in order; see `docs/engine-set.md` for shapes and dtypes."""
+    """Inputs of FRONT in order; see `docs/guide/engine-set.md` for shapes and dtypes."""
     names = ["noisy_latents", "reference_latents", "text_embeds", "timestep"]
     if graph.architecture == "flux":
         names += ["guidance"] * graph.has_guidance + ["pooled_text"]

@@ -16,8 +16,8 @@ measured. Takes some 15 minutes and 8 GB of memory. Ends in one line of JSON; wi
 tables of an earlier run's instead.
 
 Example:
-    python scripts/bench.py --output docs/performance-cpu.json
-    python scripts/bench.py --document docs/performance-cpu.json --into docs/performance.md
+    python scripts/bench.py --output docs/measured/performance-cpu.json
+    python scripts/bench.py --document docs/measured/performance-cpu.json --into docs/measured/performance.md
     python scripts/bench.py --quick --only wide
 """
 

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Markdown tables and the figure of docs/methods.md, from folders of evaluate-policies.
+"""Markdown tables and the figure of docs/measured/methods.md, from folders of evaluate-policies.
 
 PSNR is against the full-context picture of the same edit and seed, the mean over edits; seeds are
 averaged within an edit first. Differences are paired, with a 95 % bootstrap interval over edits.
 
 Example:
     python scripts/methods_tables.py --methods comparison --curve curve \
-        --figure docs/images/coverage.png --output docs/methods.json
+        --figure docs/images/coverage.png --output docs/measured/methods.json
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Rates are dense (without structured sparsity) matrix products with float32 accumulation, which is
 what the engines use. A figure that no public document was found for is none: not established.
-`docs/profile-latency.md` shows the table; a test holds the two together.
+`docs/guide/profile-latency.md` shows the table; a test holds the two together.
 """
 
 from __future__ import annotations

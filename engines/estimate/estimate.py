@@ -2,7 +2,7 @@
 
 From the options and the transformer's configuration only: no weights are read or fetched, nothing
 is built, and torch is imported only to ask for the GPU that is present. What each figure was
-compared with, and how far off it was: `docs/dry-run.md`.
+compared with, and how far off it was: `docs/guide/dry-run.md`.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def _parser() -> CommandParser:
         default="topi",
         metavar="TEXT",
         help="topi (default), coverage, auto, tokendrop, ibtm, tomesd, toma, random, or full: no "
-        "reduction; with options: 'coverage ratio=0.5'. docs/policies.md lists them",
+        "reduction; with options: 'coverage ratio=0.5'. docs/guide/policies.md lists them",
     )
     policy.add_argument(
         "--tau", type=float, metavar="X", help="influence to keep, 0 to 1 (default: 0.85)"

@@ -18,7 +18,7 @@ from ditrim.engines.cost.devices import (
 )
 from ditrim.plugins.errors import UsageError
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "profile-latency.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "guide" / "profile-latency.md"
 FIGURES = (
     "compute_capability",
     "memory_bytes",
@@ -109,7 +109,7 @@ def test_bandwidths_are_what_the_bus_can_carry() -> None:
 
 
 def _table() -> str:
-    """The table of `docs/profile-latency.md`, from the devices."""
+    """The table of `docs/guide/profile-latency.md`, from the devices."""
     lines = [
         "| `--project` | device | memory | bandwidth | bf16 | fp16 | fp8 |",
         "|---|---|---|---|---|---|---|",

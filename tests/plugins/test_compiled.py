@@ -22,7 +22,7 @@ from ditrim.plugins.compiled import (
 from ditrim.plugins.errors import BackendError, UsageError
 from ditrim.plugins.kernel import MAX_WIDTH, WIDTH_STEP, tile_for_width
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "scoring-plugin.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "internals" / "scoring-plugin.md"
 # The release whose registers and shared memory the document's table states.
 TABLE_VERSION = "3.9.0"
 needs_triton = pytest.mark.skipif(

@@ -32,7 +32,7 @@ from ditrim.plugins.strip import scoring_graph_for_backend
 
 # The logits of 24 heads, 512 rows and 8704 keys are 214 MB in bf16, less than the rest of a block
 # of that size takes, and a second halving saved 57 MB of 747. Fewer than 8 blocks were not kept
-# apart by TensorRT-RTX 1.7.1 at every length (`docs/tensorrt.md`).
+# apart by TensorRT-RTX 1.7.1 at every length (`docs/guide/tensorrt.md`).
 BLOCK_ROWS = 512
 LEAST_BLOCKS, MOST_BLOCKS = 8, 16
 
