@@ -33,6 +33,7 @@ _SOURCE_PACKAGES = ("ditrim.export", "ditrim.plugins")
 _ENGINE_MODULES = (
     "build.py",
     "build_task.py",
+    "fingerprints.py",
     "graph_files.py",
     "ladder.py",
     "lengths.py",
