@@ -17,7 +17,8 @@ tables of an earlier run's instead.
 
 Example:
     python scripts/bench.py --output docs/measured/performance-cpu.json
-    python scripts/bench.py --document docs/measured/performance-cpu.json --into docs/measured/performance.md
+    python scripts/bench.py --document docs/measured/performance-cpu.json \\
+        --into docs/measured/performance.md
     python scripts/bench.py --quick --only wide
 """
 

@@ -133,7 +133,7 @@ def _parser() -> CommandParser:
     )
     for name in ("batch", "noisy-tokens", "text-tokens"):
         plans.add_argument(f"--min-{name}", type=int, metavar="N", help="least served (default: 1)")
-        tuned = "1" if name == "batch" else "the largest"
+        tuned = "1" if name == "batch" else "a usual edit's"
         plans.add_argument(
             f"--opt-{name}", type=int, metavar="N", help=f"tuned for (default: {tuned})"
         )

@@ -103,6 +103,43 @@ def test_link_out_of_the_folder_is_refused(engine_folder: Path, tmp_path: Path) 
         load_engine_set(engine_folder)
 
 
+def in_hub_cache(folder: Path, cache: Path) -> Path:
+    """The set as the hub's library keeps it: links into the repository's `blobs`."""
+    snapshot, blobs = cache / "models--me--set/snapshots/abc", cache / "models--me--set/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(folder.iterdir())):
+        path.rename(blobs / f"{number:064x}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{number:064x}")
+    return snapshot
+
+
+def test_a_set_in_the_snapshot_folder_of_a_hub_cache_loads(
+    engine_folder: Path, tmp_path: Path
+) -> None:
+    snapshot = in_hub_cache(engine_folder, tmp_path / "hub")
+    assert load_engine_set(snapshot, verify="hashes").manifest.model
+    linked = tmp_path / "linked"
+    linked.symlink_to(snapshot)
+    assert load_engine_set(linked).folder == linked
+
+
+@pytest.mark.parametrize(
+    "place", ["elsewhere", "models--me--other/blobs/0", "models--me--set/refs"]
+)
+def test_links_out_of_the_repository_of_a_hub_cache_are_refused(
+    engine_folder: Path, tmp_path: Path, place: str
+) -> None:
+    snapshot = in_hub_cache(engine_folder, tmp_path / "hub")
+    outside = tmp_path / "hub" / place
+    outside.parent.mkdir(parents=True, exist_ok=True)
+    (snapshot / "back.safetensors").resolve().rename(outside)
+    (snapshot / "back.safetensors").unlink()
+    (snapshot / "back.safetensors").symlink_to(outside)
+    with pytest.raises(EngineSetError, match=r"back\.safetensors is a link to a place outside"):
+        load_engine_set(snapshot)
+
+
 def test_fifo_in_place_of_a_file_is_refused(engine_folder: Path) -> None:
     (engine_folder / "back.safetensors").unlink()
     os.mkfifo(engine_folder / "back.safetensors")

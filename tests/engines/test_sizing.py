@@ -121,3 +121,16 @@ def test_flux_text_has_one_length() -> None:
     for num_words in (1, 400):
         embeds, _, _ = pipe.encode_prompt(prompt_of(num_words), None)
         assert embeds.shape[1] == FAMILIES["flux-kontext"].sizing.prompt_tokens == 512
+
+
+@pytest.mark.parametrize("model", FAMILIES)
+def test_the_resolution_of_results_leaves_references_as_the_pipeline_makes_them(
+    model: str,
+) -> None:
+    usual = BuildOptions(model=model)
+    small = BuildOptions(model=model, resolution=((512, 512),))
+    assert small.limits.noisy == 32 * 32
+    assert small.reference_ladder == usual.reference_ladder
+    own = BuildOptions(model=model, reference_resolution=((512, 512),), num_references=1)
+    assert own.reference_ladder.longest == 32 * 32
+    assert own.limits.noisy == usual.limits.noisy

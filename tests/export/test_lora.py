@@ -230,3 +230,24 @@ def test_files_that_are_no_loras_are_refused(tmp_path: Path) -> None:
         find_lora(str(tmp_path))
     with pytest.raises(CheckpointError, match="no safetensors file"):
         merged(tiny_transformer("qwen-edit", num_layers=1), [(tmp_path / "one.safetensors", 1.0)])
+
+
+def test_a_lora_is_taken_from_the_cache_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    repository = tmp_path / "models--me--styles"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    for name in ("one", "two"):
+        (snapshot / f"{name}.safetensors").write_bytes(b"")
+    assert find_lora("me/styles/two.safetensors") == snapshot / "two.safetensors"
+    with pytest.raises(CheckpointError, match=r"name the one to merge"):
+        find_lora("me/styles")
+    with pytest.raises(CheckpointError, match=r"not in the local cache .* --lora <file>"):
+        find_lora("me/nothing")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ import ditrim.runtime as ditrim
 from ditrim.commands.build_engine import main as build_engine
 from ditrim.commands.edit_image import main as edit_image
 from ditrim.engines.load import load_engines
+from ditrim.plugins.errors import DitrimError
+from ditrim.runtime.editing.pipelines import load_pipeline
 
 LIMIT = 1e-4
 # Aspect ratios of photographs, screens and paper; all but the first were over the former limits.
@@ -203,6 +206,19 @@ def test_the_default_policy_reduces_a_real_call(world: Worlds) -> None:
     roles = [step.role for step in attachment.report.steps]
     assert roles == ["anchor", "reduced", "reduced"] or roles == ["anchor", "anchor", "reduced"]
     assert attachment.report.steps[-1].num_kept < attachment.report.steps[0].num_reference == 4144
+
+
+def test_the_parts_of_a_variant_are_loaded_with_it(world: Worlds, tmp_path: Path) -> None:
+    own = world("flux-kontext")
+    make_pipeline("flux-kontext").to(torch.float16).save_pretrained(tmp_path, variant="fp16")
+    engine_set = own.engines.engine_set
+    source = {**engine_set.manifest.source, "location": str(tmp_path), "variant": "fp16"}
+    engine_set = replace(engine_set, manifest=replace(engine_set.manifest, source=source))
+    assert load_pipeline(engine_set).vae.dtype == torch.float16
+    source = {**source, "variant": None}
+    engine_set = replace(engine_set, manifest=replace(engine_set.manifest, source=source))
+    with pytest.raises(DitrimError, match="cannot be loaded"):
+        load_pipeline(engine_set)
 
 
 def edited(own: World, folder: Path, capsys: Any, *options: str) -> tuple[dict[str, Any], Any]:
