@@ -10,14 +10,14 @@ text encoders are refused by name.
 
 from __future__ import annotations
 
-import json
 import math
-import re
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ditrim.export.checkpoint import is_hub_id
 from ditrim.plugins.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -35,22 +35,26 @@ _TEXT_PREFIXES = ("text_encoder.", "text_encoder_2.", "lora_te_", "lora_te1_", "
 _DOWN = (".lora_A.weight", ".lora_down.weight", ".lora.down.weight", ".lora_A", ".lora_down")
 _UP = (".lora_B.weight", ".lora_up.weight", ".lora.up.weight", ".lora_B", ".lora_up")
 _ALPHA = ".alpha"
-# Parts of keys that belong to other kinds of adapters.
-_OTHER_KINDS = {
+# Other kinds of adapters, by parts of their keys between dots: whole ones, and beginnings.
+_OTHER_PARTS = {
     "dora_scale": "DoRA",
+    "diff": "a full difference of weights",
+    "diff_b": "a full difference of biases",
+    "processor": "the XLabs format",
+    "set_weight": "a replaced weight",
+}
+_OTHER_BEGINNINGS = {
     "lora_magnitude_vector": "DoRA",
     "lokr_": "LoKr",
     "hada_": "LoHa",
     "oft_": "OFT",
     "glora": "GLoRA",
-    ".diff": "full differences of weights",
     "lora_mid": "LoCon with a Tucker core",
-    ".processor.": "the XLabs format",
-    "lora_B.bias": "a LoRA with biases",
-    ".set_weight": "replaced weights",
 }
-_METADATA = "lora_adapter_metadata"
+_BIASES = (".lora_B.bias", ".lora_up.bias")
+_USUAL_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 _LARGEST_SCALE = 1e4
+_SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +77,7 @@ class LoraChoice:
             CheckpointError: the scale is no number to multiply by.
         """
         location, colon, tail = text.rpartition(":")
-        if not colon or Path(text).expanduser().exists():
+        if not colon or os.path.exists(os.path.expanduser(text)):
             return cls(location=_checked(text))
         try:
             scale = float(tail)
@@ -132,8 +136,7 @@ class Merge:
             return weight
         merged = weight.to(torch.float32)
         for change in changes:
-            up, down = change.up.to(torch.float32), change.down.to(torch.float32)
-            merged = torch.addmm(merged, up, down, alpha=change.factor)
+            merged = torch.addmm(merged, change.up, change.down, alpha=change.factor)
         return merged
 
 
@@ -143,28 +146,28 @@ def find_lora(location: str) -> Path:
     Raises:
         CheckpointError: there is none, or it is unclear which one is meant.
     """
-    path = Path(location).expanduser()
-    if path.is_file():
-        if path.suffix != ".safetensors":
+    place = os.path.expanduser(location)
+    if os.path.isfile(place):
+        if not place.endswith(".safetensors"):
             raise CheckpointError(
                 f"--lora {location}: only .safetensors files are read; pickles can run code and "
                 "are never opened"
             )
-        return path
-    if path.is_dir():
-        return _only_file(sorted(path.glob("*.safetensors")), location)
-    parts = location.split("/")
-    if location.startswith((".", "/", "~")) or len(parts) < 2:
+        return Path(place)
+    if os.path.isdir(place):
+        return _only_file(sorted(Path(place).glob("*.safetensors")), location)
+    owner_and_name, name = "/".join(location.split("/")[:2]), "/".join(location.split("/")[2:])
+    is_file_name = owner_and_name.endswith(".safetensors")
+    if not is_hub_id(owner_and_name) or is_file_name or (name and not name.endswith(_SUFFIX)):
         raise CheckpointError(
             f"--lora {location} is neither a file or folder that exists, nor a hub id (owner/name "
             "or owner/name/file.safetensors)"
         )
-    return _fetch(location, "/".join(parts[:2]), "/".join(parts[2:]))
+    return _fetch(location, owner_and_name, name)
 
 
 def _only_file(files: list[Path], location: str) -> Path:
-    usual = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
-    named = [file for file in files if file.name in usual]
+    named = [file for file in files if file.name in _USUAL_FILES]
     candidates = named or files
     if len(candidates) != 1:
         names = ", ".join(file.name for file in files[:5]) or "none"
@@ -176,34 +179,35 @@ def _only_file(files: list[Path], location: str) -> Path:
 
 
 def _fetch(location: str, hub_id: str, name: str) -> Path:
-    from huggingface_hub import snapshot_download
+    """A LoRA of the hub; what of its repository the cache holds already is not fetched again."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     from ditrim.export.checkpoint import hub_failure
 
-    patterns = [name or "*.safetensors", "adapter_config.json"]
+    patterns = [name, "adapter_config.json"] if name else [*_USUAL_FILES, "adapter_config.json"]
     try:
-        folder = snapshot_download(hub_id, allow_patterns=patterns, local_files_only=True)
-        found = _in_snapshot(Path(folder), name, location)
-        if found is not None:
-            return found
-    except Exception:  # not in the cache: asked for below, where every failure is told
-        pass
+        folder = Path(snapshot_download(hub_id, allow_patterns=patterns, local_files_only=True))
+        found = [folder / usual for usual in ([name] if name else _USUAL_FILES)]
+        found = [path for path in found if path.is_file()]
+        if len(found) == 1:
+            return found[0]
+    except (LocalEntryNotFoundError, HFValidationError):
+        pass  # asked for below, where every failure is told
     try:
-        folder = snapshot_download(hub_id, allow_patterns=patterns)
+        if not name:  # which one is meant, the whole repository tells, not what is cached of it
+            files = [Path(file) for file in HfApi().list_repo_files(hub_id)]
+            name = _only_file([f for f in files if f.suffix == _SUFFIX], location).as_posix()
+        patterns = [name, "adapter_config.json"]
+        folder = Path(snapshot_download(hub_id, allow_patterns=patterns))
+    except CheckpointError:
+        raise
     except Exception as error:
         text = hub_failure(hub_id, None, error).replace("--weights <folder>", "--lora <file>")
         raise CheckpointError(f"--lora {location}: {text}") from error
-    found = _in_snapshot(Path(folder), name, location)
-    if found is None:
+    if not (folder / name).is_file():
         raise CheckpointError(f"--lora {location}: {hub_id} has no file {name} on the hub")
-    return found
-
-
-def _in_snapshot(folder: Path, name: str, location: str) -> Path | None:
-    if name:
-        return folder / name if (folder / name).is_file() else None
-    files = sorted(folder.glob("*.safetensors"))
-    return _only_file(files, location) if files else None
+    return folder / name
 
 
 def read_merge(
@@ -318,17 +322,22 @@ def _changes_of(
 ) -> Iterator[tuple[str, _Change]]:
     from safetensors import SafetensorError, safe_open
 
+    from ditrim.export.lora_settings import read_settings
+
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             layers = _layers_of(list(file.keys()), targets, path)
-            settings = _settings_of(path, file.metadata() or {})
+            settings = read_settings(path, file.metadata() or {}, settings_file(path))
             for module, layer in layers.items():
                 assert layer.up is not None
                 assert layer.down is not None
                 up, down = file.get_tensor(layer.up), file.get_tensor(layer.down)
-                alpha = None if layer.alpha is None else float(file.get_tensor(layer.alpha))
-                factor = scale * settings.factor(module, up, alpha, f"{path}: {layer.up}")
-                yield from _parts_of(up, down, factor, targets[module], shapes, path, layer)
+                _check_shapes(up, down, targets[module], shapes, f"--lora {path}: {layer.up}")
+                alpha = None if layer.alpha is None else file.get_tensor(layer.alpha)
+                factor = scale * settings.factor(module, up.shape[1], alpha, f"{path}: {layer.up}")
+                up = _finite(up, f"--lora {path}: {layer.up}")
+                down = _finite(down, f"--lora {path}: {layer.down}")
+                yield from _parts_of(up, down, factor, targets[module])
     except SafetensorError as error:
         raise CheckpointError(f"--lora {path} is no safetensors file: {error}") from error
 
@@ -343,6 +352,7 @@ def _layers_of(
     """
     layers: dict[str, _Layer] = {}
     unknown: list[str] = []
+    names = {parts: name for name, parts in targets.items()}  # one of each module's
     for key in sorted(keys):
         _refuse_other_kinds(key, path)
         role, stem = _split_key(key)
@@ -350,9 +360,11 @@ def _layers_of(
         if role is None or module is None:
             unknown.append(key)
             continue
-        layer = layers.setdefault(module, _Layer())
+        layer = layers.setdefault(names[targets[module]], _Layer())
         if getattr(layer, role) is not None:
-            raise CheckpointError(f"--lora {path} holds {key} twice, under two names")
+            raise CheckpointError(
+                f"--lora {path} holds {key} twice: it is {getattr(layer, role)} too"
+            )
         setattr(layer, role, key)
     if unknown:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
@@ -368,17 +380,36 @@ def _layers_of(
                 f"--lora {path} holds only one half of the LoRA of {module} "
                 f"({layer.up or layer.down or layer.alpha}); the file is incomplete"
             )
+    _check_apart(layers, targets, path)
     return layers
 
 
+def _check_apart(
+    layers: Mapping[str, _Layer], targets: Mapping[str, tuple[_Part, ...]], path: Path
+) -> None:
+    """No weight is changed twice, as under FLUX's original and under diffusers' names."""
+    seen: dict[str, str] = {}
+    for module in layers:
+        for part in targets[module]:
+            if part.weight in seen and seen[part.weight] != module:
+                raise CheckpointError(
+                    f"--lora {path} changes {part.weight} twice, as {seen[part.weight]} and as "
+                    f"{module}"
+                )
+            seen[part.weight] = module
+
+
 def _refuse_other_kinds(key: str, path: Path) -> None:
-    for part, kind in _OTHER_KINDS.items():
-        if part in key:
-            raise CheckpointError(
-                f"--lora {path} holds {key}, which is {kind}; only plain LoRAs of linear layers "
-                "can be merged: convert it, or merge it into the weights with the tool that made "
-                "it and build from those"
-            )
+    kind = "a LoRA with biases" if key.endswith(_BIASES) else None
+    for part in key.split("."):
+        kind = kind or _OTHER_PARTS.get(part)
+        kind = kind or next((k for b, k in _OTHER_BEGINNINGS.items() if part.startswith(b)), None)
+    if kind is not None:
+        raise CheckpointError(
+            f"--lora {path} holds {key}, which is {kind}; only plain LoRAs of linear layers "
+            "can be merged: convert it, or merge it into the weights with the tool that made "
+            "it and build from those"
+        )
     if key.startswith(_TEXT_PREFIXES):
         raise CheckpointError(
             f"--lora {path} holds {key}, a part for a text encoder, which an engine set does not "
@@ -411,65 +442,45 @@ def _module_of(stem: str, targets: Mapping[str, object]) -> str | None:
     return None
 
 
-@dataclass(frozen=True, slots=True)
-class _Settings:
-    """What a file's metadata, or peft's adapter_config.json beside it, say of its scaling."""
-
-    values: Mapping[str, Any] = field(default_factory=dict)
-
-    def factor(self, module: str, up: Tensor, alpha: float | None, where: str) -> float:
-        """alpha / rank of a layer; alpha is the rank where nobody says otherwise."""
-        rank = up.shape[-1]
-        if alpha is None:
-            alpha = self.values.get("lora_alpha", rank)
-            for pattern, value in (self.values.get("alpha_pattern") or {}).items():
-                if re.match(rf"(.*\.)?({pattern})$", module):
-                    alpha = value
-        if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-            raise CheckpointError(f"--lora {where} has an alpha of {alpha!r}, which is no number")
-        return alpha / math.sqrt(rank) if self.values.get("use_rslora") else alpha / rank
-
-
-def _settings_of(path: Path, metadata: Mapping[str, str]) -> _Settings:
+def settings_file(path: Path) -> Path | None:
+    """peft's settings beside a LoRA's file, which say how strong it is; none if there are none."""
     beside = path.with_name("adapter_config.json")
-    try:
-        if _METADATA in metadata:
-            told = json.loads(metadata[_METADATA])
-            values = {key.removeprefix("transformer."): value for key, value in told.items()}
-        elif path.name == "adapter_model.safetensors" and beside.is_file():
-            values = json.loads(beside.read_text("utf-8"))
-        else:
-            return _Settings()
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"--lora {path}: its settings are damaged ({error})") from error
-    if values.get("use_dora"):
-        raise CheckpointError(f"--lora {path} is DoRA by its settings, which cannot be merged here")
-    return _Settings(values)
+    return beside if path.name == "adapter_model.safetensors" and beside.is_file() else None
+
+
+def _check_shapes(
+    up: Tensor,
+    down: Tensor,
+    parts: tuple[_Part, ...],
+    shapes: Mapping[str, tuple[int, ...]],
+    where: str,
+) -> None:
+    rows = sum(shapes[part.weight][0] for part in parts)
+    columns = shapes[parts[0].weight][1]
+    rank = up.shape[1] if up.dim() == 2 else 0
+    if rank < 1 or up.shape != (rows, rank) or down.shape != (rank, columns):
+        raise CheckpointError(
+            f"{where} {list(up.shape)} with {list(down.shape)} does not make a change of {rows} x "
+            f"{columns}; is it for another model?"
+        )
+
+
+def _finite(tensor: Tensor, where: str) -> Tensor:
+    """A tensor in float32."""
+    import torch
+
+    values = tensor.to(torch.float32)
+    if not tensor.is_floating_point() or not bool(torch.isfinite(values).all()):
+        raise CheckpointError(f"{where} holds values that are no finite numbers")
+    return values
 
 
 def _parts_of(
-    up: Tensor,
-    down: Tensor,
-    factor: float,
-    parts: tuple[_Part, ...],
-    shapes: Mapping[str, tuple[int, ...]],
-    path: Path,
-    layer: _Layer,
+    up: Tensor, down: Tensor, factor: float, parts: tuple[_Part, ...]
 ) -> Iterator[tuple[str, _Change]]:
     """The changes of one layer, its rows given to the weights that they belong to."""
     import torch
 
-    rows = sum(shapes[part.weight][0] for part in parts)
-    columns = shapes[parts[0].weight][1]
-    is_pair = up.dim() == 2 and down.dim() == 2 and up.shape[1] == down.shape[0]
-    if not is_pair or up.shape[0] != rows or down.shape[1] != columns:
-        raise CheckpointError(
-            f"--lora {path}: {layer.up} {list(up.shape)} and {layer.down} {list(down.shape)} do "
-            f"not make a change of {rows} x {columns}; is it for another model?"
-        )
-    for name, value in ((layer.up, up), (layer.down, down)):
-        if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
-            raise CheckpointError(f"--lora {path}: {name} holds values that are no finite numbers")
     for part in parts:
         own = up if part.rows is None else torch.cat([up[a:b] for a, b in part.rows])
         yield part.weight, _Change(up=own, down=down, factor=factor)

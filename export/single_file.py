@@ -27,6 +27,8 @@ _PREFIX = "model.diffusion_model."
 _ZERO_TIME = "__index_timestep_zero__"
 _SCALES = ("scaled_fp8", ".scale_weight", ".weight_scale", ".comfy_quant", ".scale_input")
 _HEAD_DIM = 128
+# float8 without scales becomes bfloat16, float64 float32.
+_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _SHARDS = "10GB"
 
 
@@ -64,7 +66,18 @@ def describe_single_file(path: Path, family: Family) -> Checkpoint:
             f"checkpoint {path} holds float8 weights with scales ({scaled[0]}), which diffusers "
             "does not convert; pass the file in bfloat16, or a folder in the diffusers layout"
         )
+    strange = [name for name, place in header.items() if place.dtype not in _DTYPES]
+    if strange:
+        raise CheckpointError(
+            f"checkpoint {path}: the tensor {strange[0]} is of dtype {header[strange[0]].dtype}; "
+            f"allowed: {', '.join(_DTYPES)}. Pass weights that are not quantised"
+        )
     shapes = {name.removeprefix(_PREFIX): place.shape for name, place in header.items()}
+    if len(shapes) != len(header):
+        raise CheckpointError(
+            f"checkpoint {path} holds tensors twice, with and without {_PREFIX!r}; pass the "
+            "transformer's own file"
+        )
     config = (_qwen_config if family.architecture == "qwen" else _flux_config)(shapes, path, family)
     return Checkpoint(
         folder=path.parent,
@@ -74,10 +87,11 @@ def describe_single_file(path: Path, family: Family) -> Checkpoint:
 
 
 def _size(shapes: Mapping[str, tuple[int, ...]], name: str, axis: int, path: Path) -> int:
-    if name not in shapes:
+    if len(shapes.get(name, ())) <= axis:
         raise CheckpointError(
-            f"checkpoint {path} has no tensor {name}, so it is not this model in the names of a "
-            "single file; pass a folder in the diffusers layout, or choose another --model"
+            f"checkpoint {path} has no tensor {name} of that many axes, so it is not this model in "
+            "the names of a single file (FLUX's are those of its own code); pass a folder in the "
+            "diffusers layout, or choose another --model"
         )
     return shapes[name][axis]
 
@@ -190,5 +204,10 @@ def _dtype_of(header: Mapping[str, TensorPlace]) -> torch.dtype:
     for place in header.values():
         sizes[place.dtype] = sizes.get(place.dtype, 0) + math.prod(place.shape)
     name = max(sizes, key=lambda key: sizes[key])
-    known = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    known = {
+        "F64": torch.float32,
+        "F32": torch.float32,
+        "F16": torch.float16,
+        "BF16": torch.bfloat16,
+    }
     return known.get(name, torch.bfloat16)

@@ -57,8 +57,16 @@ class Attachment:
         """Open a request for a loop of your own over `pipe.transformer` and `pipe.scheduler`.
 
         A pipeline's call opens its own. Inside the block, `pipe.scheduler` tells the policy of its
-        steps.
+        steps, so take the scheduler there.
+
+        Raises:
+            UsageError: this thread is inside a request already, as where two generators take turns.
         """
+        if self.transformer.opened_request() is not None:
+            raise UsageError(
+                "this thread is inside a request of this attachment already: end it first, or run "
+                "each in a thread of its own"
+            )
         return self.transformer.open_request()
 
     def detach(self) -> None:

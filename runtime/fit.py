@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import torch
@@ -146,13 +146,30 @@ def _check_hooks(transformer: Any) -> None:
                 "cannot run: put the default ones back "
                 "(pipe.transformer.set_attn_processor(...)), or run without an engine set"
             )
-    has_hook = hasattr(transformer, "_hf_hook") or hasattr(transformer, "_diffusers_hook")
-    if "forward" in vars(transformer) and not has_hook:
-        raise UsageError(
-            "the transformer's forward was replaced (as libraries that cache steps do), which has "
-            "no effect on an engine: undo it first, and give attach a cache of ditrim's "
-            "(cache=ditrim.StepCache(...))"
-        )
+        _check_forward(where, module)
+    if not _is_diffusers(type(transformer).forward):
+        _refuse_forward("the transformer")
+
+
+def _check_forward(where: str, module: nn.Module) -> None:
+    """Refuse a call that is not the module's own; offloading wraps it, and marks that it does."""
+    is_wrapped = hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
+    is_replaced = "forward" in vars(module) and not is_wrapped
+    is_patched = _is_diffusers(type(module)) and not _is_diffusers(type(module).forward)
+    if is_replaced or is_patched or module._forward_hooks or module._forward_pre_hooks:
+        _refuse_forward(where)
+
+
+def _is_diffusers(code: Any) -> bool:
+    return str(getattr(code, "__module__", "")).startswith("diffusers.")
+
+
+def _refuse_forward(where: str) -> NoReturn:
+    raise UsageError(
+        f"the forward of {where} was replaced, or has hooks (as libraries that cache steps do), "
+        "which has no effect on an engine: undo it first, and give attach a cache of ditrim's "
+        "(cache=ditrim.StepCache(...))"
+    )
 
 
 def _is_standard(processor: Any) -> bool:
@@ -193,15 +210,24 @@ def _check_weights(transformer: Any, engine_set: EngineSet) -> None:
         )
         return
     stored = {name: decode_samples(text) for name, text in manifest.weights.items()}
-    differing = []
-    exact = [t for t in _COARSER if _is_of(np.concatenate(list(stored.values())), t)]
-    for name, expected in stored.items():
+    owned = {}
+    for name in stored:
         tensor = found.tensors.get(name)
         if tensor is None or not tensor.is_floating_point() or tensor.device.type == "meta":
             _refuse_unreadable(name, tensor, engine_set)
         assert tensor is not None
-        own, changes = samples_of(tensor), found.adapters.get(name, [])
-        if not changes and _is_equal(own, expected, exact):
+        owned[name] = samples_of(tensor)
+    # Values of one side that all fit a coarser type were cast to it once.
+    casts = {
+        kind
+        for side in (stored, owned)
+        for kind in (*_COARSER, *_COARSEST)
+        if _is_of(np.concatenate(list(side.values())), kind)
+    }
+    differing = []
+    for name, expected in stored.items():
+        own, changes, tensor = owned[name], found.adapters.get(name, []), found.tensors[name]
+        if not changes and _is_equal(own, expected, casts | {tensor.dtype}):
             continue
         for adapter, layer in changes:
             own = own + _change_of(layer, adapter, name, tuple(tensor.shape))
@@ -296,14 +322,13 @@ def _change_of(layer: Any, adapter: str, name: str, shape: tuple[int, ...]) -> F
     return change
 
 
-def _is_equal(own: Floats, stored: Floats, exact: list[torch.dtype]) -> bool:
+def _is_equal(own: Floats, stored: Floats, casts: Iterable[torch.dtype]) -> bool:
     """Whether two samples are the same weights, one of them perhaps cast to another dtype."""
     if len(own) != len(stored):
         return False
-    if np.array_equal(own, stored):
-        return True
-    candidates = exact + [t for t in (*_COARSER, *_COARSEST) if _is_of(own, t)]
-    return any(np.array_equal(_cast(own, t), _cast(stored, t)) for t in candidates)
+    return np.array_equal(own, stored) or any(
+        np.array_equal(_cast(own, kind), _cast(stored, kind)) for kind in casts
+    )
 
 
 def _is_close(own: Floats, merged: Floats, base: Floats) -> bool:

@@ -22,6 +22,7 @@ from ditrim.runtime.denoising.request import Request
 from ditrim.runtime.denoising.rope import flux_rope, qwen_rope
 from ditrim.runtime.denoising.unchanged import Unchanged
 from ditrim.runtime.geometry import Grid, TokenGrid
+from ditrim.runtime.policy import FullContext
 from ditrim.runtime.report import RunReport
 
 # What an `EngineTransformer` has in common with diffusers' own transformers. Every other public
@@ -115,13 +116,11 @@ class OpenRequest:
 
     Attributes:
         transformer: whose it is.
-        is_watched: the scheduler's steps are reported to it (`end_step`).
         branch: the guidance branch that the pipeline named; none where it names none.
     """
 
-    def __init__(self, transformer: EngineTransformer, *, is_watched: bool) -> None:
+    def __init__(self, transformer: EngineTransformer) -> None:
         self.transformer = transformer
-        self.is_watched = is_watched
         self.branch: str | None = None
         self.flux_ids = Unchanged(_FluxIds.read)
         self._request: Request | None = None
@@ -145,16 +144,26 @@ class OpenRequest:
     def enter_call(self, timestep: Tensor) -> tuple[Request, str, float]:
         """Begin a step if this call begins one; the request, the branch and the timestep.
 
-        Where the scheduler is not watched, another timestep or a branch that has run already tells
-        that a step ended, and a timestep that rises that a request did.
+        Where a loop does without `pipe.scheduler`, another timestep tells that a step ended, and
+        one that rises that a request did.
+
+        Raises:
+            UsageError: the policy acts on steps, and nothing told it of the last one's end.
         """
         request = self.request
         time = request.time_of(timestep)
         began = request.time
-        if began is not None and not self.is_watched:
+        if began is not None and time != began:
+            if self.transformer.acts_on_steps:
+                raise UsageError(
+                    f"the step at {began:g} was not ended by pipe.scheduler.step, which "
+                    f"{type(self.transformer.denoiser.policy).__name__} acts on: take the "
+                    "scheduler from the attached pipeline inside the block "
+                    "(`with attachment.request(): scheduler = pipe.scheduler`)"
+                )
             if time > began:
                 request = self.begin()
-            elif time < began or (self.branch and request.has_run(self.branch)):
+            else:
                 request.end_step()
         if not request.is_in_step:
             request.begin_step(time)
@@ -254,12 +263,12 @@ class EngineTransformer(nn.Module):
     @contextmanager
     def open_request(self) -> Iterator[OpenRequest]:
         """Keep what runs inside apart from every other request; its steps are reported."""
-        opened = OpenRequest(self, is_watched=True)
-        token = _OPEN.set((*_OPEN.get(), opened))
+        opened = OpenRequest(self)
+        _OPEN.set((*_OPEN.get(), opened))
         try:
             yield opened
-        finally:
-            _OPEN.reset(token)
+        finally:  # of a generator, perhaps in another context than it began in
+            _OPEN.set(tuple(other for other in _OPEN.get() if other is not opened))
 
     def opened_request(self) -> OpenRequest | None:
         """The request of the pipeline call that this thread is in, if it is in one."""
@@ -269,20 +278,23 @@ class EngineTransformer(nn.Module):
         return None
 
     def _current(self) -> OpenRequest:
-        """The open request, or one for calls that no attached pipeline makes."""
+        """The open request; for a call outside of one, a request of its own.
+
+        Raises:
+            UsageError: the policy or the cache carries something from call to call, and nothing
+                says which calls belong together.
+        """
         opened = self.opened_request()
         if opened is not None:
             return opened
-        if self.acts_on_steps:
+        denoiser = self.denoiser
+        if denoiser.cache is not None or not isinstance(denoiser.policy, FullContext):
             raise UsageError(
-                f"{type(self.denoiser.policy).__name__} acts on the scheduler's steps, and this "
-                "call of the transformer comes from outside the attached pipeline: run your loop "
-                "inside `with attachment.request():`, or choose a policy that does not, as ToPi"
+                "this call of the transformer comes from outside the attached pipeline, so nothing "
+                "says which calls are one request: attach to the pipeline that you call, or run "
+                "your loop inside `with attachment.request():`"
             )
-        if not hasattr(self._here, "loose"):
-            self._here.loose = OpenRequest(self, is_watched=False)
-        loose: OpenRequest = self._here.loose
-        return loose
+        return OpenRequest(self)
 
     @contextmanager
     def cache_context(self, name: str, **_: object) -> Iterator[None]:

@@ -30,7 +30,7 @@ def watch_scheduler(scheduler: Any, opened: OpenRequest) -> Any:
     """
     base: Any = type(scheduler)
     kind = _watched_class(base)
-    view = kind.__new__(kind)
+    view = object.__new__(kind)
     view.__dict__ = scheduler.__dict__
     view._plain, view._opened = scheduler, opened
     return view
@@ -65,7 +65,11 @@ def _watched_class(base: Any) -> Any:
     def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(self._plain, memo)
 
+    def make(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        return base(*args, **kwargs)  # as `from_config` calls it: a plain one
+
     members = {
+        "__new__": make,
         "__slots__": ("_opened", "_plain"),
         "__doc__": base.__doc__,
         "__module__": base.__module__,

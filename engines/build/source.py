@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ditrim.engines.build.options import BuildOptions
+from ditrim.engines.sets.engine_set import sha256_of
 from ditrim.export.checkpoint import (
     Checkpoint,
     check_config,
@@ -24,7 +25,7 @@ from ditrim.export.checkpoint import (
     find_checkpoint,
     is_hub_id,
 )
-from ditrim.export.lora import LoraChoice, find_lora
+from ditrim.export.lora import LoraChoice, find_lora, settings_file
 from ditrim.export.single_file import describe_single_file
 from ditrim.plugins.errors import CheckpointError, UsageError
 
@@ -410,6 +411,7 @@ def fingerprint_loras(source: Source, known: Sequence[Any]) -> list[dict[str, An
             if isinstance(entry.get("sha256"), str)
             and all(entry.get(key) == value for key, value in status.items())
         )
+        settings = settings_file(lora.path)
         printed = next(same, None) or _hash_stably(lora.path, lambda count: None)
         described.append(
             {
@@ -417,6 +419,7 @@ def fingerprint_loras(source: Source, known: Sequence[Any]) -> list[dict[str, An
                 "file": os.path.abspath(lora.path),
                 "sha256": printed["sha256"],
                 "scale": lora.scale,
+                "settings_sha256": None if settings is None else sha256_of(settings),
             }
         )
     return described
@@ -449,5 +452,7 @@ def weights_identity(
     if source.kind == "random":
         content = {"seed": source.seed}
     if loras:
-        content = {"base": content, "loras": [[lora["sha256"], lora["scale"]] for lora in loras]}
+        content = {"base": content, "loras": [
+            [lora["sha256"], lora["scale"], lora.get("settings_sha256")] for lora in loras
+        ]}
     return content

@@ -1,9 +1,9 @@
 """Memory that activations of FRONT and BACK take, from lengths and configuration.
 
 TensorRT and TensorRT-RTX: the coefficients were read off TensorRT-RTX 1.7.1, which states the
-activation memory of every profile when it builds a plan (`docs/guide/dry-run.md` has the figures and
-the errors). For `tensorrt` they are an assumption until a plan of it is measured. ONNX Runtime: off
-its CPU provider's memory while it runs.
+activation memory of every profile when it builds a plan (`docs/guide/dry-run.md` has the figures
+and the errors). For `tensorrt` they are an assumption until a plan of it is measured. ONNX Runtime:
+off its CPU provider's memory while it runs.
 """
 
 from __future__ import annotations

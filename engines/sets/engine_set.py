@@ -198,8 +198,8 @@ def _own_places(folder: Path) -> list[Path]:
     places = [real]
     for parent in real.parents:
         blobs = parent.parent / "blobs"
-        if parent.name == "snapshots" and blobs.is_dir():
-            places.append(blobs.resolve())
+        if parent.name == "snapshots" and blobs.is_dir() and not blobs.is_symlink():
+            places.append(blobs)
             break
     return places
 

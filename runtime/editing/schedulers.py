@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,9 +48,9 @@ def load_scheduler(choice: str) -> Any:
 
     if choice == LIGHTNING:
         return diffusers.FlowMatchEulerDiscreteScheduler.from_config(_LIGHTNING_CONFIG)
-    path = Path(choice).expanduser()
+    path = Path(os.path.expanduser(choice))
     places = (path / "scheduler_config.json", path / "scheduler" / "scheduler_config.json")
-    found = next((place for place in (path, *places) if place.is_file()), None)
+    found = next((place for place in (path, *places) if os.path.isfile(place)), None)
     if found is None:
         raise UsageError(
             f"--scheduler {choice} is neither {LIGHTNING}, nor a scheduler_config.json or a folder "
@@ -66,6 +67,15 @@ def load_scheduler(choice: str) -> Any:
     kind = getattr(diffusers, name, None) if name.endswith("Scheduler") else None
     if kind is None or not hasattr(kind, "set_timesteps"):
         raise UsageError(f"--scheduler {found}: diffusers has no scheduler {name!r}")
+    try:
+        scheduler = kind.from_config(config)
+        # What is wrong with values shows when they are used.
+        wants_mu = config.get("use_dynamic_shifting")
+        scheduler.set_timesteps(4, **({"mu": 1.0} if wants_mu else {}))
+    except Exception as error:  # whatever a scheduler raises of values that it does not take
+        raise UsageError(
+            f"--scheduler {found}: {name} does not take this configuration ({error})"
+        ) from error
     return kind.from_config(config)
 
 

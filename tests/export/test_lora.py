@@ -130,7 +130,7 @@ def test_alpha_in_the_adapters_metadata_counts(tmp_path: Path) -> None:
         r=4,
         lora_alpha=24,
         target_modules=["to_q", "to_v"],
-        alpha_pattern={"to_v": 2},
+        alpha_pattern={"attn.to_v": 2, "to_v": 16},
         init_lora_weights=False,
     )
     base = {name: value.clone() for name, value in transformer.state_dict().items()}
@@ -186,13 +186,28 @@ REFUSED = {
     ),
     "text encoder": lambda t: t.update({"text_encoder.q.lora_A.weight": torch.ones(4, 4)}),
     "one half": lambda t: t.pop("transformer.transformer_blocks.0.attn.to_q.lora_B.weight"),
-    "make a change of": lambda t: t.update(
+    "does not make a change of": lambda t: t.update(
         {"transformer.transformer_blocks.0.attn.to_q.lora_B.weight": torch.ones(40, 4)}
     ),
     "no finite numbers": lambda t: t[
         "transformer.transformer_blocks.0.attn.to_q.lora_B.weight"
     ].fill_(float("nan")),
     "holds no LoRA": lambda t: t.clear(),
+    "twice: it is lora_unet_": lambda t: t.update(
+        {"lora_unet_transformer_blocks_0_attn_to_q.lora_up.weight": torch.ones(48, 4)}
+    ),
+    "alpha of the shape": lambda t: t.update(
+        {"transformer_blocks.0.attn.to_q.alpha": torch.ones(2)}
+    ),
+    r"\[48, 0\].* does not make": lambda t: t.update(
+        {
+            "transformer.transformer_blocks.0.attn.to_q.lora_A.weight": torch.ones(0, 48),
+            "transformer.transformer_blocks.0.attn.to_q.lora_B.weight": torch.ones(48, 0),
+        }
+    ),
+    r"\[\] with": lambda t: t.update(
+        {"transformer.transformer_blocks.0.attn.to_q.lora_B.weight": torch.tensor(1.0)}
+    ),
 }
 
 
@@ -203,6 +218,57 @@ def test_what_cannot_be_merged_is_refused_by_name(what: str, tmp_path: Path) -> 
     path = write_lora(tmp_path / "lora.safetensors", lora, "diffusers")
     with pytest.raises(CheckpointError, match=what):
         merged(transformer, [(changed(path, REFUSED[what]), 1.0)])
+
+
+def test_weights_named_in_both_of_fluxs_ways_are_refused(tmp_path: Path) -> None:
+    transformer = tiny_transformer("flux-kontext")
+    both = layers_of(transformer) | original_flux_layers(transformer)
+    path = write_lora(tmp_path / "lora.safetensors", random_lora(both), "comfy")
+    with pytest.raises(CheckpointError, match=r"(twice: it is|changes \S+ twice, as)"):
+        merged(transformer, [(path, 1.0)])
+
+
+@pytest.mark.parametrize("prefix", ["model.diffusion_model.", "base_model.model.transformer."])
+def test_every_prefix_is_read(prefix: str, tmp_path: Path) -> None:
+    transformer = tiny_transformer("qwen-edit", num_layers=1)
+    lora = random_lora(layers_of(transformer))
+    path = write_lora(tmp_path / "lora.safetensors", lora, "diffusers")
+    other = tmp_path / "other.safetensors"
+    save_file({k.replace("transformer.", prefix, 1): v for k, v in load_file(path).items()}, other)
+    assert (
+        largest_difference(merged(transformer, [(path, 1.0)]), merged(transformer, [(other, 1.0)]))
+        == 0
+    )
+
+
+def test_a_lora_in_float8_is_merged(tmp_path: Path) -> None:
+    transformer = tiny_transformer("qwen-edit", num_layers=1)
+    path = write_lora(tmp_path / "a.safetensors", random_lora(layers_of(transformer)), "diffusers")
+    small = {name: value.to(torch.float8_e4m3fn) for name, value in load_file(path).items()}
+    save_file(small, tmp_path / "b.safetensors")
+    save_file({name: value.float() for name, value in small.items()}, tmp_path / "c.safetensors")
+    found = merged(transformer, [(tmp_path / "b.safetensors", 1.0)])
+    assert largest_difference(found, merged(transformer, [(tmp_path / "c.safetensors", 1.0)])) == 0
+
+
+DAMAGED = (
+    "[1]",
+    '{"alpha_pattern": [1]}',
+    '{"alpha_pattern": {"(": 1}}',
+    '{"lora_alpha": "x"}',
+    '{"lora_alpha": 1' + "0" * 400 + "}",
+    "{",
+)
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_damaged_settings_are_named(text: str, tmp_path: Path) -> None:
+    transformer = tiny_transformer("qwen-edit", num_layers=1)
+    lora = random_lora(layers_of(transformer))
+    path = write_lora(tmp_path / "adapter_model.safetensors", lora, "diffusers")
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"settings are damaged|which is no number"):
+        merged(transformer, [(path, 1.0)])
 
 
 def test_a_scale_is_told_from_a_file_with_a_colon(tmp_path: Path) -> None:
@@ -244,10 +310,19 @@ def test_a_lora_is_taken_from_the_cache_of_the_hub(
     snapshot.mkdir(parents=True)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("a" * 40)
-    for name in ("one", "two"):
-        (snapshot / f"{name}.safetensors").write_bytes(b"")
+    (snapshot / "two.safetensors").write_bytes(b"")
     assert find_lora("me/styles/two.safetensors") == snapshot / "two.safetensors"
-    with pytest.raises(CheckpointError, match=r"name the one to merge"):
+    # What the cache happens to hold is not what a repository holds.
+    with pytest.raises(
+        CheckpointError,
+        match=r"cannot be reached; go online, or pass a downloaded copy: --lora <file>",
+    ):
         find_lora("me/styles")
+    (snapshot / "pytorch_lora_weights.safetensors").write_bytes(b"")
+    assert find_lora("me/styles") == snapshot / "pytorch_lora_weights.safetensors"
     with pytest.raises(CheckpointError, match=r"not in the local cache .* --lora <file>"):
         find_lora("me/nothing")
+    for location in ("loras/style.safetensors", "~nobody/x", "me/styles/two", "x" * 300):
+        with pytest.raises(CheckpointError, match="neither a file or folder"):
+            find_lora(location)
+    assert LoraChoice.parse("~nobody/x:1").location == "~nobody/x"
