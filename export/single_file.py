@@ -204,10 +204,5 @@ def _dtype_of(header: Mapping[str, TensorPlace]) -> torch.dtype:
     for place in header.values():
         sizes[place.dtype] = sizes.get(place.dtype, 0) + math.prod(place.shape)
     name = max(sizes, key=lambda key: sizes[key])
-    known = {
-        "F64": torch.float32,
-        "F32": torch.float32,
-        "F16": torch.float16,
-        "BF16": torch.bfloat16,
-    }
+    known = {"F64": torch.float32, "F32": torch.float32, "F16": torch.float16}
     return known.get(name, torch.bfloat16)

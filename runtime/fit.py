@@ -210,13 +210,7 @@ def _check_weights(transformer: Any, engine_set: EngineSet) -> None:
         )
         return
     stored = {name: decode_samples(text) for name, text in manifest.weights.items()}
-    owned = {}
-    for name in stored:
-        tensor = found.tensors.get(name)
-        if tensor is None or not tensor.is_floating_point() or tensor.device.type == "meta":
-            _refuse_unreadable(name, tensor, engine_set)
-        assert tensor is not None
-        owned[name] = samples_of(tensor)
+    owned = {name: _samples_in(found, name, engine_set) for name in stored}
     # Values of one side that all fit a coarser type were cast to it once.
     casts = {
         kind
@@ -240,7 +234,14 @@ def _check_weights(transformer: Any, engine_set: EngineSet) -> None:
         _refuse_other_weights(differing, found.names, engine_set)
 
 
-def _refuse_unreadable(name: str, tensor: Tensor | None, engine_set: EngineSet) -> None:
+def _samples_in(found: _Weights, name: str, engine_set: EngineSet) -> Floats:
+    tensor = found.tensors.get(name)
+    if tensor is None or not tensor.is_floating_point() or tensor.device.type == "meta":
+        _refuse_unreadable(name, tensor, engine_set)
+    return samples_of(tensor)
+
+
+def _refuse_unreadable(name: str, tensor: Tensor | None, engine_set: EngineSet) -> NoReturn:
     what = "is missing" if tensor is None else f"is {tensor.dtype} on {tensor.device}"
     raise UsageError(
         f"the pipeline's transformer cannot be compared with the engine set: its tensor {name} "

@@ -140,6 +140,15 @@ def test_links_out_of_the_repository_of_a_hub_cache_are_refused(
         load_engine_set(snapshot)
 
 
+def test_a_linked_folder_of_blobs_opens_nothing(engine_folder: Path, tmp_path: Path) -> None:
+    snapshot = in_hub_cache(engine_folder, tmp_path / "hub")
+    blobs = tmp_path / "hub/models--me--set/blobs"
+    blobs.rename(tmp_path / "elsewhere")
+    blobs.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(EngineSetError, match="is a link to a place outside"):
+        load_engine_set(snapshot)
+
+
 def test_fifo_in_place_of_a_file_is_refused(engine_folder: Path) -> None:
     (engine_folder / "back.safetensors").unlink()
     os.mkfifo(engine_folder / "back.safetensors")

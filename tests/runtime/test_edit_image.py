@@ -288,6 +288,29 @@ def test_what_model_and_engine_set_cannot_do_is_named(
     assert not (tmp_path / "out.png").exists()
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, "is neither lightning, nor a scheduler_config.json"),
+        ("{", "is no scheduler's configuration"),
+        ('{"_class_name": "DDPM"}', "diffusers has no scheduler 'DDPM'"),
+        (
+            '{"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": "abc"}',
+            "does not take this configuration",
+        ),
+        ('{"_class_name": "DPMSolverSDEScheduler"}', "does not take this configuration"),
+    ],
+)
+def test_schedulers_that_are_none_are_named(
+    config: str | None, message: str, edit: Run, tmp_path: Path
+) -> None:
+    if config is not None:
+        (tmp_path / "scheduler_config.json").write_text(config)
+    code, content, _ = edit(scheduler=str(tmp_path))
+    assert code == 2
+    assert message in content["error"]
+
+
 def test_policy_options_that_have_no_effect_are_noted(edit: Run) -> None:
     code, _, shown = edit(policy="full", tau=0.5)
     assert code == 0

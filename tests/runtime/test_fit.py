@@ -3,9 +3,11 @@ what pipelines do with a transformer afterwards works, or says why not."""
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import pickle
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from lora_files import layers_of, random_lora, write_lora
-from tiny import FAMILY_NAMES, tiny_transformer
+from tiny import FAMILY_NAMES, make_call, tiny_transformer
 from tiny_pipelines import request, small_pictures, tiny_pipeline
 
 import ditrim.runtime as ditrim
@@ -23,6 +25,7 @@ from ditrim.engines.build.options import BuildOptions
 from ditrim.engines.load import load_engines
 from ditrim.engines.sets.engine_set import load_engine_set
 from ditrim.plugins.errors import CheckpointError, UsageError
+from ditrim.runtime.fit import check_transformer
 
 
 @pytest.fixture(scope="module")
@@ -223,11 +226,51 @@ def test_a_cache_of_diffusers_on_the_transformer_is_refused(loaded: Any) -> None
         pass
 
 
-def test_a_replaced_forward_is_refused(loaded: Any) -> None:
+def replace_forward(transformer: Any) -> None:
+    transformer.forward = lambda *args, **kwargs: None
+
+
+def hook_block(transformer: Any) -> None:
+    transformer.transformer_blocks[0].register_forward_hook(lambda *_: None)
+
+
+def hook_before(transformer: Any) -> None:
+    transformer.register_forward_pre_hook(lambda *_: None)
+
+
+def replace_in_block(transformer: Any) -> None:
+    transformer.transformer_blocks[1].forward = lambda *args, **kwargs: None
+
+
+@pytest.mark.parametrize("change", [replace_forward, hook_block, hook_before, replace_in_block])
+def test_calls_that_are_not_the_models_own_are_refused(change: Any, loaded: Any) -> None:
     pipe = tiny_pipeline("qwen-edit")
-    pipe.transformer.forward = lambda *args, **kwargs: None
-    with pytest.raises(UsageError, match=r"forward was replaced"):
+    change(pipe.transformer)
+    with pytest.raises(UsageError, match=r"forward of .* was replaced, or has hooks"):
         ditrim.attach(pipe, loaded("qwen-edit"))
+
+
+def test_a_patched_class_is_refused(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tiny_pipeline("qwen-edit")
+    kind = type(pipe.transformer)
+    own = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda self, *args, **kwargs: own(self, *args, **kwargs))
+    with pytest.raises(UsageError, match=r"forward of the transformer was replaced"):
+        ditrim.attach(pipe, loaded("qwen-edit"))
+
+
+def test_zeros_are_not_taken_for_small_values(tmp_path: Path) -> None:
+    pipe = tiny_pipeline("qwen-edit")
+    bias = pipe.transformer.transformer_blocks[0].img_mod[1].bias
+    bias.data *= 1e-4
+    pipe.transformer.save_pretrained(folder := tmp_path / "checkpoint")
+    options = BuildOptions(
+        model="qwen-edit", weights=str(folder), graph_only=True, output=str(tmp_path / "set")
+    )
+    engine_set = build_engine_set(options)
+    bias.data.zero_()
+    with pytest.raises(UsageError, match=r"img_mod\.1\.bias differ"):
+        check_transformer(pipe.transformer, engine_set)
 
 
 def test_a_compiled_transformer_is_taken_for_what_it_wraps(loaded: Any) -> None:
@@ -318,14 +361,16 @@ def test_copies_of_the_scheduler_are_plain_schedulers(loaded: Any) -> None:
 
     def keep(pipe: Any, step: int, t: Any, values: dict[str, Any]) -> dict[str, Any]:
         copies.append(copy.deepcopy(pipe.scheduler))
+        copies.append(type(pipe.scheduler).from_config(pipe.scheduler.config))
         return {}
 
     copies: list[Any] = []
     with ditrim.attach(pipe, loaded("qwen-edit"), ditrim.TokenDrop()):
         run(pipe, {**call, "callback_on_step_end": keep})
     assert {type(made) for made in copies} == {type(other.scheduler)}
-    other.scheduler = copies[0]
-    assert torch.equal(run(other, call), plain)
+    for made in (copies[0], copies[1]):
+        other.scheduler = made
+        assert torch.equal(run(other, call), plain)
 
 
 def test_a_scheduler_put_in_while_attached_is_watched_like_the_first(loaded: Any) -> None:
@@ -358,6 +403,82 @@ def test_a_scheduler_that_a_policy_cannot_work_with_is_refused(loaded: Any) -> N
         ditrim.attach(pipe, loaded("qwen-edit"), ditrim.Auto())
     with ditrim.attach(pipe, loaded("qwen-edit"), ditrim.ToPi()):
         pass
+
+
+# --- calls from elsewhere -------------------------------------------------------------------------
+
+
+def test_a_pipeline_of_the_same_components_is_refused_unless_calls_stand_alone(
+    loaded: Any,
+) -> None:
+    pipe = tiny_pipeline("qwen-edit")
+    plain = run(pipe, request("qwen-edit", seed=6))
+    with ditrim.attach(pipe, loaded("qwen-edit"), ditrim.ToPi(tau=0.2)):
+        other = type(pipe).__mro__[2](**pipe.components)
+        with pytest.raises(UsageError, match=r"from outside the attached pipeline"):
+            run(other, request("qwen-edit", seed=6))
+    with ditrim.attach(pipe, loaded("qwen-edit"), ditrim.FullContext()):
+        other = type(pipe).__mro__[2](**pipe.components)
+        for _ in range(2):
+            assert difference(run(other, request("qwen-edit", seed=6)), plain) < 1e-4
+
+
+def own_loop(pipe: Any, scheduler: Any, steps: int) -> torch.Tensor:
+    """A loop over transformer and scheduler, as an application may have its own."""
+    call = make_call("qwen-edit")
+    latents = call.kwargs["hidden_states"][:, : call.num_noisy]
+    references = call.kwargs["hidden_states"][:, call.num_noisy :]
+    scheduler.set_timesteps(steps, mu=1.0)
+    for t in scheduler.timesteps:
+        kwargs = call.kwargs | {
+            "hidden_states": torch.cat([latents, references], dim=1),
+            "timestep": t.expand(1) / 1000,
+        }
+        with torch.no_grad():
+            velocity = pipe.transformer(**kwargs)[0][:, : call.num_noisy]
+        latents = scheduler.step(velocity, t, latents, return_dict=False)[0]
+    return latents
+
+
+def test_a_loop_of_ones_own_is_a_request(loaded: Any) -> None:
+    pipe = tiny_pipeline("qwen-edit")
+    with ditrim.attach(pipe, loaded("qwen-edit"), ditrim.ToPi(interval=3)) as attachment:
+        before = pipe.scheduler
+        with attachment.request():
+            inside = own_loop(pipe, pipe.scheduler, 6)
+        roles = [step.role for step in attachment.report.steps]
+        assert roles == ["anchor", "reduced", "reduced"] * 2
+        with attachment.request():  # this one tells nothing of its steps; timesteps do
+            assert torch.equal(own_loop(pipe, before, 6), inside)
+        assert [step.role for step in attachment.report.steps] == roles
+    with ditrim.attach(pipe, loaded("qwen-edit"), ditrim.TokenDrop()) as attachment:
+        before = pipe.scheduler
+        with (
+            attachment.request(),
+            pytest.raises(UsageError, match=r"take the scheduler from the attached"),
+        ):
+            own_loop(pipe, before, 6)
+
+
+def test_requests_in_generators_end_wherever_they_are_closed(loaded: Any) -> None:
+    pipe = tiny_pipeline("qwen-edit")
+    with ditrim.attach(pipe, loaded("qwen-edit")) as attachment:
+
+        def steps() -> Iterator[int]:
+            with attachment.request():
+                yield 1
+                yield 2
+
+        first = steps()
+        contextvars.copy_context().run(next, first)  # as a server does, a context a step
+        contextvars.copy_context().run(next, first)
+        first.close()
+        second, third = steps(), steps()
+        next(second)
+        with pytest.raises(UsageError, match=r"inside a request of this attachment already"):
+            next(third)
+        second.close()
+        assert attachment.transformer.opened_request() is None
 
 
 # --- threads --------------------------------------------------------------------------------------
