@@ -13,26 +13,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ditrim.engines.build.task import BuildTask
-from ditrim.engines.sets.engine_set import (
-    EngineSet,
-    check_files,
-    load_engine_set,
-    read_manifest,
-    sha256_of,
+from ditrim.engines.backends.tensorrt.builder import (
+    LibraryFacts,
+    PlanRequest,
+    Target,
+    ask_library,
+    build_plan,
+    choose_target,
+    describe_target,
 )
+from ditrim.engines.backends.tensorrt.library import present_gpu
 from ditrim.engines.build.graphs import write_graphs
-from ditrim.engines.sets.identity import backend_version, identity_of
-from ditrim.engines.sets.manifest import (
-    FORMAT_VERSION,
-    MANIFEST_NAME,
-    FileEntry,
-    GraphSpec,
-    Manifest,
-    PlanSpec,
-)
 from ditrim.engines.build.options import BuildOptions
-from ditrim.engines.sets.place import check_place, check_replaceable
 from ditrim.engines.build.progress import LoggedProgress, Progress
 from ditrim.engines.build.source import (
     LoraSource,
@@ -46,6 +38,24 @@ from ditrim.engines.build.source import (
     fingerprint_loras,
     weights_identity,
 )
+from ditrim.engines.build.task import BuildTask
+from ditrim.engines.sets.engine_set import (
+    EngineSet,
+    check_files,
+    load_engine_set,
+    read_manifest,
+    sha256_of,
+)
+from ditrim.engines.sets.identity import backend_version, identity_of
+from ditrim.engines.sets.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    FileEntry,
+    GraphSpec,
+    Manifest,
+    PlanSpec,
+)
+from ditrim.engines.sets.place import check_place, check_replaceable
 from ditrim.engines.sets.staging import (
     commit,
     fsync_path,
@@ -54,16 +64,6 @@ from ditrim.engines.sets.staging import (
     target_locked,
     write_durably,
 )
-from ditrim.engines.backends.tensorrt.builder import (
-    LibraryFacts,
-    PlanRequest,
-    Target,
-    ask_library,
-    build_plan,
-    choose_target,
-    describe_target,
-)
-from ditrim.engines.backends.tensorrt.library import present_gpu
 from ditrim.plugins.errors import BackendError, EngineSetError, UsageError
 
 logger = logging.getLogger(__name__)

@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ditrim.engines.build.task import BuildTask
-from ditrim.engines.sets.manifest import GraphSpec
-from ditrim.engines.sets.specs import TensorSpec
 from ditrim.engines.build.options import BuildOptions
-from ditrim.engines.sets.profiles import plan_roles
 from ditrim.engines.build.progress import Progress
 from ditrim.engines.build.source import Source
-from ditrim.engines.sets.staging import check_free_space
+from ditrim.engines.build.task import BuildTask
 from ditrim.engines.files import format_bytes
+from ditrim.engines.sets.manifest import GraphSpec
+from ditrim.engines.sets.profiles import plan_roles
+from ditrim.engines.sets.specs import TensorSpec
+from ditrim.engines.sets.staging import check_free_space
 from ditrim.plugins.errors import DitrimError
 
 if TYPE_CHECKING:

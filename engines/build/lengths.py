@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ditrim.engines.backends.tensorrt.contexts import MOST_SPECIALISED_LENGTHS
-from ditrim.engines.sets.ladder import Ladder
-from ditrim.engines.sets.specs import Limits
 from ditrim.engines.build.checks import expect_count, option_of, shown
+from ditrim.engines.sets.ladder import Ladder
 from ditrim.engines.sets.profiles import AxisRange, Ranges
+from ditrim.engines.sets.specs import Limits
 from ditrim.plugins.errors import LadderError, UsageError
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ditrim.engines.sets.ladder import Ladder
+from ditrim.engines.build.checks import expect_count, expect_one_of, option_of
 from ditrim.engines.build.lengths import (
     check_lengths,
     ladder_of,
@@ -18,10 +18,10 @@ from ditrim.engines.build.lengths import (
     ranges_of,
     usual_references,
 )
+from ditrim.engines.sets.ladder import Ladder
 from ditrim.engines.sets.manifest import PRECISIONS
-from ditrim.engines.sets.specs import Limits
-from ditrim.engines.build.checks import expect_count, expect_one_of, option_of
 from ditrim.engines.sets.profiles import ProfileSpec, Ranges, ladder_profiles, plan_roles
+from ditrim.engines.sets.specs import Limits
 from ditrim.export.family import Family, family_named
 from ditrim.export.lora import LoraChoice
 from ditrim.plugins.errors import UsageError

@@ -452,7 +452,10 @@ def weights_identity(
     if source.kind == "random":
         content = {"seed": source.seed}
     if loras:
-        content = {"base": content, "loras": [
-            [lora["sha256"], lora["scale"], lora.get("settings_sha256")] for lora in loras
-        ]}
+        content = {
+            "base": content,
+            "loras": [
+                [lora["sha256"], lora["scale"], lora.get("settings_sha256")] for lora in loras
+            ],
+        }
     return content
