@@ -86,6 +86,19 @@ def _sizes(given: Any) -> tuple[tuple[int, int], ...]:
     return (given,) if isinstance(given[0], int) else tuple(given)
 
 
+def _words_of(name: str, value: Any) -> list[str | None]:
+    """What follows an option, each time that it is given; none where nothing does."""
+    if name == "config":
+        return [f"{key}={json.dumps(value[key])}" for key in sorted(value)]
+    if name == "lora":
+        return list(value)
+    if name in ("resolution", "reference_resolution"):
+        return [f"{width}x{height}" for width, height in _sizes(value)]
+    if value is True:
+        return [None]
+    return [",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+
+
 def _plan_option(default: Any, *, shapes: bool = True) -> Any:
     """An option of backends that build plans.
 
@@ -251,6 +264,9 @@ class BuildOptions:
             LoraChoice.parse(text)
         if self.revision is not None and (self.preset is not None or is_random):
             raise UsageError("--revision needs weights from the hub: --weights <hub id>")
+        self._check_config()
+
+    def _check_config(self) -> None:
         for key, value in self.config.items():
             if key in _MOST_CONFIG and (value is not None or key != "out_channels"):
                 least = 0 if key.endswith("layers") else 1
@@ -437,21 +453,8 @@ class BuildOptions:
             if item.name in ("force", "verify") or (value == default and not is_needed):
                 continue
             option = f"--{item.name.replace('_', '-')}"
-            if item.name == "config":
-                for key in sorted(value):
-                    arguments += [option, f"{key}={json.dumps(value[key])}"]
-            elif item.name == "lora":
-                for text in value:
-                    arguments += [option, text]
-            elif item.name in ("resolution", "reference_resolution"):
-                for width, height in _sizes(value):
-                    arguments += [option, f"{width}x{height}"]
-            elif value is True:
-                arguments.append(option)
-            elif isinstance(value, tuple):
-                arguments += [option, ",".join(map(str, value))]
-            else:
-                arguments += [option, str(value)]
+            for word in _words_of(item.name, value):
+                arguments += [option] if word is None else [option, word]
         if self.output is None:
             arguments += ["--output", str(self.target)]
         return shlex.join(arguments)

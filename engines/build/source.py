@@ -265,7 +265,18 @@ def choose_split(options: BuildOptions, source: Source) -> SplitChoice:
         front_depth = options.front_depth
         if options.layers is None and source.calibration == {} and count != full:
             layers = tuple(sorted({max(layer, front_depth) for layer in layers}))
-    origin = _origin_of(options, source, reason)
+    split = SplitChoice(
+        num_layers=count,
+        front_depth=front_depth,
+        representative_layers=layers,
+        layers_source=reason,
+    )
+    _check_split(split, options, _origin_of(options, source, reason))
+    return split
+
+
+def _check_split(split: SplitChoice, options: BuildOptions, origin: str) -> None:
+    front_depth, count, layers = split.front_depth, split.num_layers, split.representative_layers
     if front_depth >= count:
         given = (
             "--front-depth" if options.front_depth is not None else "the calibration's front depth"
@@ -282,12 +293,6 @@ def choose_split(options: BuildOptions, source: Source) -> SplitChoice:
                 f"layer {layer}, {origin}, is not a layer of BACK, which are {front_depth} to "
                 f"{count - 1}; choose others with --layers, or another --front-depth"
             )
-    return SplitChoice(
-        num_layers=count,
-        front_depth=front_depth,
-        representative_layers=layers,
-        layers_source=reason,
-    )
 
 
 def _origin_of(options: BuildOptions, source: Source, reason: str) -> str:
