@@ -18,8 +18,8 @@ from ditrim.plugins.errors import UsageError
 from ditrim.runtime.caches.step_cache import Cache
 from ditrim.runtime.denoising.denoiser import Denoiser
 from ditrim.runtime.denoising.inputs import ModelInputs
-from ditrim.runtime.denoising.request import RequestState
 from ditrim.runtime.denoising.rope import RopeTables, flux_ids, flux_rope, qwen_rope
+from ditrim.runtime.denoising.state import RequestState
 from ditrim.runtime.geometry import Grid
 from ditrim.runtime.policies.topi import ToPi
 from ditrim.runtime.policy import Policy

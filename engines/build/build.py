@@ -15,14 +15,13 @@ from typing import Any
 
 from ditrim.engines.backends.tensorrt.builder import (
     LibraryFacts,
-    PlanRequest,
-    Target,
     ask_library,
     build_plan,
     choose_target,
     describe_target,
 )
 from ditrim.engines.backends.tensorrt.library import present_gpu
+from ditrim.engines.backends.tensorrt.request import PlanRequest, Target
 from ditrim.engines.build.graphs import write_graphs
 from ditrim.engines.build.options import BuildOptions
 from ditrim.engines.build.progress import LoggedProgress, Progress

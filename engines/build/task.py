@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ditrim.engines.backends.tensorrt.builder import Target
+from ditrim.engines.backends.tensorrt.request import Target
 from ditrim.engines.build.options import BuildOptions
 from ditrim.engines.build.source import Source, SplitChoice
 

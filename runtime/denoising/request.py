@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from ditrim.plugins.errors import LadderError, UsageError
-from ditrim.runtime.caches.step_cache import CacheMemory, FrontView
+from ditrim.runtime.caches.step_cache import FrontView
 from ditrim.runtime.denoising.calls import BackResult, Clock, FrontResult, RopeRows
+from ditrim.runtime.denoising.entries import entries_of, is_same, scattered, with_entries
 from ditrim.runtime.denoising.inputs import (
     ModelInputs,
     TextGroup,
@@ -25,6 +26,7 @@ from ditrim.runtime.denoising.inputs import (
     check_inputs,
     equal_text_groups,
 )
+from ditrim.runtime.denoising.state import BranchState, RequestState
 from ditrim.runtime.denoising.unchanged import Unchanged
 from ditrim.runtime.policy import CallView, Reducer, Reduction, StepView
 from ditrim.runtime.report import RunReport, StepRecord
@@ -34,44 +36,6 @@ if TYPE_CHECKING:
     from ditrim.runtime.caches.step_cache import Cache
     from ditrim.runtime.denoising.calls import EngineCalls
     from ditrim.runtime.policy import Policy
-
-
-@dataclass(slots=True)
-class BranchState:
-    """What one guidance branch carries from step to step.
-
-    Attributes:
-        num_reference: C of this request; none before the first call.
-        reduction: what reduced steps run on; none before the policy chose.
-        cache: of the step cache.
-        rope: the position rows of `reduction`'s tokens; none before they are needed.
-    """
-
-    num_reference: int | None = None
-    reduction: Reduction | None = None
-    cache: CacheMemory | None = None
-    rope: RopeRows | None = None
-
-    def reduce_to(self, reduction: Reduction) -> None:
-        """Let the steps from here on run on `reduction`."""
-        self.reduction, self.rope = reduction, None
-
-
-@dataclass(frozen=True, slots=True)
-class RequestState:
-    """A request as it stands between two steps.
-
-    Attributes:
-        step: steps done.
-        branches: the state of each guidance branch.
-        reducer: what the policy remembers; none before the first step.
-        influence: the last anchor's, of the branch "cond".
-    """
-
-    step: int
-    branches: dict[str, BranchState]
-    reducer: Reducer | None
-    influence: Tensor | None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -334,7 +298,7 @@ class Request:
         """What a reduced step's BACK runs on, for one group, and its position rows if known."""
         assert self._reducer is not None
         standing, rows = call.state.reduction, front.rows
-        own = None if standing is None else _entries_of(standing, front)
+        own = None if standing is None else entries_of(standing, front)
         view = replace(self._view(call), reduction=own)
         if rows is not None:
             view = replace(view, rows=rows)
@@ -343,8 +307,9 @@ class Request:
         changed = self._reducer.regroup(view)
         if changed is not None:
             kept = changed.kept
-            if kept is not None and (own is None or not _is_same(kept, own.kept)):
-                call.selected = _with_entries(call, kept, front)
+            if kept is not None and (own is None or not is_same(kept, own.kept)):
+                batch = call.inputs.noisy_latents.shape[0]
+                call.selected = with_entries(call.selected, kept, front, batch)
             return changed, None
         if standing is None or standing.kept is None:
             return own, None
@@ -356,7 +321,7 @@ class Request:
     def _joined(self, call: _Call, fronts: list[FrontResult], backs: list[BackResult]) -> Tensor:
         """The velocity of the whole batch; remembered by the step cache."""
         call.num_noisy_kept, call.num_kept = backs[0].lengths
-        velocity = _scattered([back.velocity for back in backs], call.order)
+        velocity = scattered([back.velocity for back in backs], call.order)
         cache = self._denoiser.cache
         if cache is not None:
             seen = self._seen(call, fronts)
@@ -374,16 +339,16 @@ class Request:
     ) -> None:
         """Let the policy choose, after an anchor, what the steps from here on run on."""
         assert self._reducer is not None
-        influence = _scattered([back.influence for back in backs], call.order)
+        influence = scattered([back.influence for back in backs], call.order)
         view = replace(self._view(call), influence=influence)
         if self._calls.has_scores:
             scores = [back.scores for back in backs if back.scores is not None]
-            view = replace(view, scores=_scattered(scores, call.order))
+            view = replace(view, scores=scattered(scores, call.order))
         if self._reducer.reads_features:
             view = replace(
                 view,
-                noisy=_scattered([front.hidden["noisy"] for front in fronts], call.order),
-                reference=_scattered([front.hidden["reference"] for front in fronts], call.order),
+                noisy=scattered([front.hidden["noisy"] for front in fronts], call.order),
+                reference=scattered([front.hidden["reference"] for front in fronts], call.order),
             )
         check_finite(call.inputs, velocity, influence, self._step)
         reduction = self._reducer.select(view)
@@ -470,7 +435,7 @@ class Request:
         """What a step cache compares, in batch order."""
 
         def whole(name: str) -> Tensor:
-            return _scattered([front.hidden[name] for front in fronts], call.order)
+            return scattered([front.hidden[name] for front in fronts], call.order)
 
         return FrontView(
             noisy=whole("noisy"),
@@ -503,46 +468,3 @@ class Request:
                 f"ladder with: {command}"
             )
         return ladder.rung_for(length)
-
-
-def _scattered(parts: list[Tensor], order: Tensor | None) -> Tensor:
-    """Group results back in batch order."""
-    if order is None:
-        return parts[0]
-    joined = torch.cat(parts)
-    result = torch.empty_like(joined)
-    result[order.to(joined.device)] = joined
-    return result
-
-
-def _is_same(kept: Tensor, other: Tensor | None) -> bool:
-    """Whether two selections are equal; different tensors on a device are not compared."""
-    if other is None or kept is other:
-        return kept is other
-    is_near = kept.device.type == "cpu" and other.device.type == "cpu"
-    return is_near and torch.equal(kept, other)
-
-
-def _with_entries(call: _Call, kept: Tensor, front: FrontResult) -> Tensor:
-    """The tokens that a call chose, with those of one more group of batch entries."""
-    if front.rows is None:
-        return kept
-    batch = call.inputs.noisy_latents.shape[0]
-    whole = call.selected
-    if whole is None:
-        whole = kept.new_zeros(batch, kept.shape[1])
-    whole[front.rows.to(kept.device)] = kept
-    return whole
-
-
-def _entries_of(reduction: Reduction, front: FrontResult) -> Reduction:
-    """A reduction of the whole batch, for a group of its entries."""
-    if front.rows is None:
-        return reduction
-    rows = front.rows.to(front.hidden["noisy"].device)
-    return replace(
-        reduction,
-        kept=None if reduction.kept is None else reduction.kept[rows],
-        merge=None if reduction.merge is None else reduction.merge.entries(rows),
-        noisy_merge=None if reduction.noisy_merge is None else reduction.noisy_merge.entries(rows),
-    )

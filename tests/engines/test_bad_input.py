@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 from ditrim.commands.build_engine import main
-from ditrim.engines.backends.tensorrt.builder import Target, ask_library
+from ditrim.engines.backends.tensorrt.builder import ask_library
 from ditrim.engines.backends.tensorrt.library import Gpu
+from ditrim.engines.backends.tensorrt.request import Target
 from ditrim.engines.build.build import build, run_build
 from ditrim.engines.build.build import graphs as graph_files
 from ditrim.engines.build.options import BuildOptions

@@ -23,16 +23,15 @@ from onnx import TensorProto, helper, numpy_helper
 from ditrim.engines.backends.tensorrt.builder import (
     BuiltPlan,
     LibraryFacts,
-    PlanRequest,
-    Target,
     ask_library,
     build_plan,
     check_attention,
     choose_target,
     describe_target,
-    explain_failure,
 )
+from ditrim.engines.backends.tensorrt.failures import explain_failure
 from ditrim.engines.backends.tensorrt.library import Gpu, present_gpu
+from ditrim.engines.backends.tensorrt.request import PlanRequest, Target
 from ditrim.engines.build.options import BuildOptions
 from ditrim.engines.sets.profiles import is_scored
 from ditrim.engines.sets.specs import TensorSpec

@@ -12,7 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from ditrim.engines.backends.tensorrt.builder import PlanRequest, Target, build_plan
+from ditrim.engines.backends.tensorrt.builder import build_plan
 from ditrim.engines.backends.tensorrt.graph import (
     BLOCK_ROWS,
     MOST_BLOCKS,
@@ -21,6 +21,7 @@ from ditrim.engines.backends.tensorrt.graph import (
     log_sum_exp_unrolled,
     num_row_blocks,
 )
+from ditrim.engines.backends.tensorrt.request import PlanRequest, Target
 from ditrim.engines.build.build import run_build
 from ditrim.engines.build.options import BuildOptions
 from ditrim.engines.sets.specs import TensorSpec

@@ -16,29 +16,22 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ditrim.engines.backends.tensorrt.failures import explain_end, explain_failure
 from ditrim.engines.backends.tensorrt.library import Gpu
+from ditrim.engines.backends.tensorrt.request import TITLES, PlanOptions, PlanRequest, Target
 from ditrim.engines.files import format_bytes
 from ditrim.engines.sets.manifest import PlanSpec
-from ditrim.engines.sets.profiles import ProfileSpec, shape_of
-from ditrim.engines.sets.specs import TensorSpec
 from ditrim.plugins.errors import BackendError, UsageError
 
 if TYPE_CHECKING:
-    from ditrim.engines.sets.ladder import Ladder
-    from ditrim.engines.sets.specs import Limits
+    pass
 
 logger = logging.getLogger(__name__)
 
-TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 _WORKER = "ditrim.engines.backends.tensorrt.worker"
 _BF16_FROM = (8, 0)
-_MOST_SHOWN = 3
-# What the lines that say something have in common.
-_SIGNS = ("Error Code", "ERROR:", "While parsing node")
-_MOST_CHARACTERS = 600
 
 
 class Steps(Protocol):
@@ -47,63 +40,6 @@ class Steps(Protocol):
     def stage(self, name: str) -> None: ...
 
     def update(self, done: int, total: int, unit: str = "bytes") -> None: ...
-
-
-class PlanOptions(Protocol):
-    """What of a build's options decides its plans; see `BuildOptions`."""
-
-    @property
-    def backend(self) -> str: ...
-    @property
-    def precision(self) -> str: ...
-    @property
-    def compute_capability(self) -> tuple[str, ...] | None: ...
-    @property
-    def allow_unfused(self) -> bool: ...
-    @property
-    def separate_anchor(self) -> bool: ...
-    @property
-    def weights_stripped(self) -> bool: ...
-    @property
-    def workspace(self) -> int | None: ...
-    @property
-    def optimization_level(self) -> int | None: ...
-    @property
-    def timing_cache(self) -> str | None: ...
-    @property
-    def limits(self) -> Limits: ...
-    @property
-    def reference_ladder(self) -> Ladder: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """What plans are built for.
-
-    Attributes:
-        backend: "tensorrt" or "tensorrt-rtx".
-        capabilities: compute capabilities that were asked for; none means that of the GPU, or
-            without one what TensorRT-RTX builds for by default.
-        gpu: the GPU that is there.
-        allow_unfused: whether attention may be without a fused kernel.
-    """
-
-    backend: str
-    capabilities: tuple[str, ...] | None
-    gpu: Gpu | None
-    allow_unfused: bool = False
-
-    def identity(self) -> dict[str, Any]:
-        """What of the target a plan depends on."""
-        if self.backend == "tensorrt":
-            assert self.gpu is not None
-            return {
-                "gpu": self.gpu.name,
-                "compute_capability": self.gpu.capability_name,
-                "driver": self.gpu.driver,
-            }
-        here = None if self.gpu is None else [self.gpu.capability_name]
-        return {"compute_capabilities": sorted(self.capabilities or ()) or here or "default"}
 
 
 def choose_target(options: PlanOptions, gpu: Gpu | None) -> Target:
@@ -229,81 +165,6 @@ def describe_target(target: Target, facts: LibraryFacts, options: PlanOptions) -
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PlanRequest:
-    """A plan to build.
-
-    Attributes:
-        role: "front", "back" or "anchor".
-        graph: the ONNX file; it is changed to what the library parses.
-        plan: the file to write.
-        inputs, outputs: the graph's tensors.
-        profiles: optimisation profiles.
-        target: what it is for.
-        options: how to build it.
-    """
-
-    role: str
-    graph: Path
-    plan: Path
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-    profiles: tuple[ProfileSpec, ...]
-    target: Target
-    options: PlanOptions
-
-    @property
-    def is_scored(self) -> bool:
-        """Whether the graph scores, and so needs the plugin with TensorRT."""
-        return any(spec.name == "influence" for spec in self.outputs)
-
-    def job(self) -> dict[str, Any]:
-        """What the worker is told."""
-        options, gpu = self.options, self.target.gpu
-        shapes = [
-            {
-                spec.name: [shape_of(spec, profile, which) for which in ("least", "best", "most")]
-                for spec in self.inputs
-            }
-            for profile in self.profiles
-        ]
-        capabilities: Any = self.target.capabilities
-        if capabilities is None and gpu is not None:
-            capabilities = "current"
-        needs_plugin = self.target.backend == "tensorrt" and self.is_scored
-        rows = self.profiles[-1].rows
-        return {
-            "backend": self.target.backend,
-            "graph": str(self.graph),
-            "plan": str(self.plan),
-            "profiles": shapes,
-            "scored_rows": 1 if rows is None else rows.most,
-            "workspace": options.workspace,
-            "optimization_level": options.optimization_level,
-            "allow_unfused": options.allow_unfused,
-            "weights_stripped": options.weights_stripped,
-            "capabilities": capabilities,
-            "timing_cache": _timing_cache(options, gpu),
-            "plugin_capability": gpu.capability if gpu is not None and needs_plugin else None,
-        }
-
-
-def _timing_cache(options: PlanOptions, gpu: Gpu | None) -> str | None:
-    """The file that keeps kernel timings; a GPU of another kind has another."""
-    if options.backend != "tensorrt" or options.timing_cache == "none":
-        return None
-    if options.timing_cache is not None:
-        path = Path(options.timing_cache).expanduser()
-    else:
-        import platformdirs
-
-        assert gpu is not None
-        name = "-".join(gpu.name.split()) + f"-sm{''.join(map(str, gpu.capability))}.timing"
-        path = Path(platformdirs.user_cache_dir("ditrim")) / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return str(path.absolute())
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class BuiltPlan:
     """A plan that was built.
 
@@ -418,7 +279,7 @@ def _run_worker(
         raise make(last["refusal"])
     if "failure" in last:
         raise BackendError(explain_failure([last["failure"], *last["lines"]], backend, request))
-    raise BackendError(_explain_end(code, text, backend, request))
+    raise BackendError(explain_end(code, text, backend, request))
 
 
 def _messages(lines: Any) -> Iterator[dict[str, Any]]:
@@ -439,117 +300,6 @@ def _stopped_at_exit(process: subprocess.Popen[bytes]) -> Iterator[None]:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-
-
-def _size_of(request: PlanRequest | None) -> str:
-    """The options that decide how much memory a build takes."""
-    if request is None:
-        return ""
-    limits = request.options.limits
-    ladder = request.options.reference_ladder
-    return (
-        f" Now: {len(ladder.rungs)} rungs up to {ladder.longest} reference tokens, "
-        f"{limits.noisy} noisy and {limits.text} text tokens, batch {limits.batch}."
-    )
-
-
-_LOWER = (
-    "lower --max-batch, --resolution (or --max-noisy-tokens and --max-reference-tokens), --rungs "
-    "or --workspace, or use a shallower front (--front-depth) so that the larger plan is smaller"
-)
-
-
-def explain_failure(lines: list[str], backend: str, request: PlanRequest | None) -> str:
-    """What a failed build means and what to do, from what the library said.
-
-    Args:
-        lines: its complaints, the most telling of which is looked for.
-        backend: "tensorrt" or "tensorrt-rtx".
-        request: what was to be built; none for questions to the library.
-    """
-    text = "\n".join(lines)
-    role = "" if request is None else f" the {request.role} plan"
-    precision = "" if request is None else request.options.precision
-    head = f"{TITLES[backend]} cannot build{role}"
-    is_stripped = request is not None and request.options.weights_stripped
-    if "supported by a dedicated kernel" in text or "is_decomposable" in text:
-        what = (
-            f"{head}: it has no fused kernel for this attention in {precision}. Unfused, each "
-            "attention writes its whole score matrix to memory and takes several times as long. "
-            "Use --precision bf16 or fp16 and a head width that the library supports, or accept "
-            "it with --allow-unfused"
-        )
-    elif _is_about(text, "out of memory", "outofmemory", "bad_alloc", "memoryallocation"):
-        what = f"{head}: memory ran out.{_size_of(request)} To use less, {_LOWER}"
-    elif _is_about(text, "tensor volume exceeds"):
-        what = (
-            f"{head}: a tensor would have more elements than the library takes."
-            f"{_size_of(request)} To use less, {_LOWER}"
-        )
-    elif _is_about(text, "could not find any implementation", "no implementation"):
-        what = (
-            f"{head}: it found no implementation for a layer. Often the workspace is too small: "
-            "raise or leave out --workspace; otherwise use another --precision, lower "
-            f"--max-batch or --resolution, or set --optimization-level 3.{_size_of(request)}"
-        )
-    elif is_stripped and "graph_jit" in text and "CUDA_SUCCESS" in text:
-        what = (
-            f"{head} without weights: it wants to run code on a GPU for that, and none can be "
-            "used here. Build on a machine with a GPU, or leave out --weights-stripped"
-        )
-    elif _is_about(text, "hw-specific datatypes", "does not support bf16", "platform"):
-        what = (
-            f"{head}: {precision} does not exist on a GPU that it is built for; use --precision "
-            "fp16, or leave that GPU out of --compute-capability"
-        )
-    elif _is_about(text, "driver version is insufficient", "no cuda-capable device", "cuinit"):
-        what = (
-            f"{head}: it needs a GPU, and the CUDA driver is missing or too old. Install a "
-            "driver, or name what to build for with --compute-capability (tensorrt-rtx)"
-        )
-    elif _is_about(text, "could not parse onnx", "failed to parse onnx"):
-        what = (
-            f"{head}: its parser does not take the graph. Use a newer version of the library; if "
-            "it is the newest, please report this"
-        )
-    else:
-        what = f"{head}"
-    return f"{what}. It said: {_shortened(lines)}"
-
-
-def _is_about(text: str, *phrases: str) -> bool:
-    lowered = text.lower()
-    return any(phrase in lowered for phrase in phrases)
-
-
-def _shortened(lines: list[str]) -> str:
-    """The first complaints, on one line and without repetitions."""
-    shown = [" ".join(line.split()) for line in dict.fromkeys(lines) if line.strip()]
-    errors = [line for line in shown if any(sign in line for sign in _SIGNS)]
-    text = " | ".join((errors or shown)[:_MOST_SHOWN])
-    return text if len(text) <= _MOST_CHARACTERS else text[:_MOST_CHARACTERS] + " ..."
-
-
-def _explain_end(code: int, text: str, backend: str, request: PlanRequest | None) -> str:
-    """What it means that the worker died without a word."""
-    role = "" if request is None else f" while it built the {request.role} plan"
-    if code == -signal.SIGKILL:
-        return (
-            f"the process of {TITLES[backend]} was killed{role}, as the system does when memory "
-            f"runs out.{_size_of(request)} Free some memory, or {_LOWER}"
-        )
-    if code < 0:
-        name = signal.Signals(-code).name
-        return (
-            f"{TITLES[backend]} crashed{role} ({name}); this is a fault of the library. Another "
-            f"version of it, another --precision or fewer --rungs may do. {_tail(text)}"
-        )
-    return f"the process of {TITLES[backend]} failed{role} (exit code {code}). {_tail(text)}"
-
-
-def _tail(text: str) -> str:
-    lines = [line for line in text.splitlines() if line.strip()]
-    return f"Its last words: {' | '.join(lines[-_MOST_SHOWN:])}" if lines else ""
 
 
 __all__ = [
