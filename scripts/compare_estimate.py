@@ -174,7 +174,7 @@ def children_watched() -> Iterator[dict[int, int]]:
                 with suppress(OSError):
                     for child in path.read_text(encoding="utf-8").split():
                         command = Path(f"/proc/{child}/cmdline").read_bytes()
-                        if b"tensorrt_worker" in command:
+                        if b"tensorrt.worker" in command:
                             peaks[int(child)] = _status("VmHWM", child)
 
     thread = threading.Thread(target=watch, daemon=True)

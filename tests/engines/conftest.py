@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ditrim.engines.build.build import build
+from ditrim.engines.build import build
 from ditrim.engines.build.options import BuildOptions
 
 SCRIPT = Path(__file__).with_name("fake_build.py")

@@ -17,7 +17,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from ditrim.engines.build.build import build
+from ditrim.engines.build import build
 from ditrim.engines.build.graphs import WrittenGraphs
 from ditrim.engines.sets import staging
 from ditrim.engines.sets.manifest import GraphSpec

@@ -20,8 +20,9 @@ from ditrim.commands.build_engine import main
 from ditrim.engines.backends.tensorrt.builder import ask_library
 from ditrim.engines.backends.tensorrt.library import Gpu
 from ditrim.engines.backends.tensorrt.request import Target
-from ditrim.engines.build.build import build, run_build
-from ditrim.engines.build.build import graphs as graph_files
+from ditrim.engines.build import build
+from ditrim.engines.build import graphs as graph_files
+from ditrim.engines.build.build import run_build
 from ditrim.engines.build.options import BuildOptions
 from ditrim.plugins.errors import BackendError, DitrimError
 

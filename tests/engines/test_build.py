@@ -18,7 +18,8 @@ import pytest
 
 from ditrim.engines.backends.tensorrt.builder import LibraryFacts
 from ditrim.engines.backends.tensorrt.library import check_target
-from ditrim.engines.build.build import build, build_engine_set, run_build, source
+from ditrim.engines.build import build, source
+from ditrim.engines.build.build import build_engine_set, run_build
 from ditrim.engines.build.options import BuildOptions
 from ditrim.engines.sets import engine_set as engine_set_module
 from ditrim.engines.sets import identity

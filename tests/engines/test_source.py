@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ditrim.engines.build.build import source as module
+from ditrim.engines.build import source as module
 from ditrim.engines.build.options import BuildOptions
 from ditrim.engines.build.source import (
     check_unchanged,

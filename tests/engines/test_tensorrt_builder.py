@@ -323,7 +323,7 @@ def workers_of(pid: int) -> list[int]:
     return [
         child
         for child in children
-        if b"tensorrt_worker" in Path(f"/proc/{child}/cmdline").read_bytes()
+        if b"tensorrt.worker" in Path(f"/proc/{child}/cmdline").read_bytes()
     ]
 
 

@@ -130,7 +130,9 @@ def test_what_diffusers_cannot_convert_says_how_to(tmp_path: Path) -> None:
     refused({n: (100 * v).to(torch.int8) for n, v in tensors.items()}, "is of dtype I8")
     both = tensors | {f"model.diffusion_model.{name}": v + 1 for name, v in tensors.items()}
     refused(both, "tensors twice, with and without")
-    refused({**tensors, "img_in.weight": torch.ones(4)}, r"no tensor img_in\.weight of that many")
+    refused(
+        {**tensors, "img_in.weight": torch.tensor(1.0)}, r"no tensor img_in\.weight of that many"
+    )
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     with pytest.raises(CheckpointError, match=r"GGUF.*save_pretrained\(folder\)"):
         describe_single_file(tmp_path / "x.gguf", family)

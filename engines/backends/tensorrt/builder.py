@@ -1,6 +1,6 @@
 """Plans of TensorRT and TensorRT-RTX: what is asked of the builder, and what it says.
 
-A plan is built in a process of its own, `tensorrt_worker`, with what it shares between the two
+A plan is built in a process of its own, `worker`, with what it shares between the two
 libraries in one place. This side decides, shows progress, stops it, and explains its failures.
 """
 
