@@ -144,8 +144,8 @@ class OpenRequest:
     def enter_call(self, timestep: Tensor) -> tuple[Request, str, float]:
         """Begin a step if this call begins one; the request, the branch and the timestep.
 
-        Where a loop does without `pipe.scheduler`, another timestep tells that a step ended, and
-        one that rises that a request did.
+        Where a loop does without `pipe.scheduler`, another timestep, or a branch that has run
+        already, tells that a step ended, and a timestep that rises that a request did.
 
         Raises:
             UsageError: the policy acts on steps, and nothing told it of the last one's end.
@@ -153,7 +153,8 @@ class OpenRequest:
         request = self.request
         time = request.time_of(timestep)
         began = request.time
-        if began is not None and time != began:
+        has_run = self.branch is not None and request.has_run(self.branch)
+        if began is not None and (time != began or has_run):
             if self.transformer.acts_on_steps:
                 raise UsageError(
                     f"the step at {began:g} was not ended by pipe.scheduler.step, which "

@@ -7,6 +7,7 @@ not ours are in `bench_others`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ from ditrim.engines.cost.flops import CallSize
 from ditrim.engines.load import load_engines
 from ditrim.engines.sets.manifest import Manifest
 from ditrim.runtime.caches.step_cache import Cache, StepCache
+from ditrim.runtime.denoising.denoiser import Denoiser
 from ditrim.runtime.geometry import Grid
 from ditrim.runtime.policy import Policy
-from ditrim.runtime.transformer import EngineTransformer
+from ditrim.runtime.report import RunReport
+from ditrim.runtime.transformer import EngineTransformer, engine_transformer
 
 INTERVAL = 10
 CACHE_THRESHOLD = 0.158  # reuses 70 % of the steps on training scenes of the small editor
@@ -36,6 +39,32 @@ _SCENES_LOOKED_AT = 600
 
 # (number, steps) -> the edit in one piece or more, the last of which is the picture or latents.
 EditRun = Callable[[int, int], Iterator[Any]]
+
+
+class Ours:
+    """Engines behind diffusers' call, in one request until the next `start`."""
+
+    def __init__(self, engines: Engines, policy: Policy, cache: Cache | None = None) -> None:
+        self._transformer = engine_transformer(Denoiser(engines, policy, cache=cache))
+        self._open = ExitStack()
+        self.start()
+
+    def start(self) -> None:
+        """Begin a request."""
+        self._open.close()
+        self._open.enter_context(self._transformer.open_request())
+
+    @property
+    def report(self) -> RunReport:
+        """Of the request."""
+        return self._transformer.report
+
+    def cache_context(self, name: str) -> AbstractContextManager[None]:
+        """Name the guidance branch."""
+        return self._transformer.cache_context(name)
+
+    def __call__(self, **call: Any) -> Any:
+        return self._transformer(**call)
 
 
 @dataclass(slots=True)
@@ -59,15 +88,15 @@ class Way:
 
     def start(self) -> None:
         """Forget the previous request."""
-        if isinstance(self.transformer, EngineTransformer):
-            self.transformer.start_request()
+        if isinstance(self.transformer, Ours):
+            self.transformer.start()
         elif self.counter is not None:
             self.transformer._reset_stateful_cache()
             self.counter[0] = 0
 
     def computed(self, steps: int) -> int:
         """Steps of the last request that ran more than the first blocks."""
-        if isinstance(self.transformer, EngineTransformer):
+        if isinstance(self.transformer, (Ours, EngineTransformer)):
             return self.transformer.report.back_calls
         return steps if self.counter is None else self.counter[0]
 
@@ -215,7 +244,7 @@ def wide_case(
         from diffusers import FlowMatchEulerDiscreteScheduler
 
         if way.policy is not None:
-            way.transformer = EngineTransformer(engines, way.policy, cache=way.cache)
+            way.transformer = Ours(engines, way.policy, way.cache)
         scheduler = FlowMatchEulerDiscreteScheduler()
 
         @torch.no_grad()

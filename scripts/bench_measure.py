@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_cases import INTERVAL, Case, Way
+from bench_cases import INTERVAL, Case, Ours, Way
 from bench_others import product_runners
 
 from ditrim.engines.cost.flops import call_flops, graph_products
@@ -25,7 +25,6 @@ from ditrim.runtime.metrics import psnr_db
 from ditrim.runtime.policies.topi import ToPi
 from ditrim.runtime.policy import FullContext, Policy
 from ditrim.runtime.profiling.profile import statistics_of
-from ditrim.runtime.transformer import EngineTransformer
 
 STEPS = 40  # of the run that scoring is a share of
 SETTLE_SECONDS = 0.02
@@ -113,7 +112,7 @@ class StepTimer:
 
     def run(self) -> None:
         """One sample: a call, or the median of a burst after one that is not timed."""
-        is_ours = isinstance(self._transformer, EngineTransformer)
+        is_ours = isinstance(self._transformer, Ours)
         found: list[dict[str, float]] = []
         for number in range(self._burst + (self._burst > 1)):
             start = time.perf_counter()
@@ -189,7 +188,7 @@ def measure_steps(case: Case, ways: list[Way], rounds: int, progress: Progress) 
     }
     transformers = {way.name: way.transformer for way in ways if way.counter is None}
     for name, policy in policies.items():
-        transformers[name] = EngineTransformer(case.engines, policy)
+        transformers[name] = Ours(case.engines, policy)
         if name.startswith("rung"):
             case.step(transformers[name])  # the anchor before reduced steps
     check_agreement(case, transformers)

@@ -232,6 +232,17 @@ def edited(own: World, folder: Path, capsys: Any, *options: str) -> tuple[dict[s
     return content, np.asarray(Image.open(out))
 
 
+def test_the_first_example_of_the_readme_edits_a_photo_of_4_by_3(
+    world: Worlds, tmp_path: Path, capsys: Any
+) -> None:
+    own = world("qwen-edit")
+    photo((1600, 1200)).save(tmp_path / "photo.jpg")
+    content, found = edited(own, tmp_path, capsys, "--image", str(tmp_path / "photo.jpg"))
+    assert found.shape == (896, 1184, 3)
+    assert content["reference_tokens"] == 4144
+    assert content["kept_ratio"] < 1
+
+
 def test_edit_image_gives_a_kontext_portrait_its_shape(
     world: Worlds, tmp_path: Path, capsys: Any
 ) -> None:
