@@ -419,11 +419,7 @@ class EngineTransformer(nn.Module):
 
 
 def engine_transformer(denoiser: Denoiser, dtype: torch.dtype | None = None) -> EngineTransformer:
-    """A stand-in that is an instance of the diffusers class whose place it takes.
-
-    Args:
-        denoiser, dtype: see `EngineTransformer`.
-    """
+    """Make a stand-in that is an instance of the diffusers class whose place it takes."""
     name = denoiser.engines.engine_set.manifest.transformer_class
     return _class_for(name)(denoiser, dtype)
 
