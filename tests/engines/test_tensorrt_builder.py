@@ -397,7 +397,7 @@ def test_builder_dies_with_the_process_that_waits_for_it(
     (tmp_path / "job.json").write_text(json.dumps(job))
     program = (
         "import json, sys\n"
-        "from ditrim.engines import tensorrt_builder as b\n"
+        "from ditrim.engines.backends.tensorrt import builder as b\n"
         "class Steps:\n"
         "    def stage(self, name): print(name, flush=True)\n"
         "    def update(self, done, total, unit): pass\n"
