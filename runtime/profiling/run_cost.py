@@ -397,7 +397,8 @@ def _intervals(schedule: RunSchedule) -> Sequence[int]:
     """Intervals worth telling: up to ten, halves and thirds of the run, and a single anchor."""
     steps = max(1, schedule.steps - schedule.warmup)
     parts = {-(-steps // part) for part in range(1, 9)}
-    return sorted({i for i in (*range(1, 11), *parts, schedule.interval) if i <= steps} | {steps})
+    own = () if schedule.interval is None else (schedule.interval,)
+    return sorted({i for i in (*range(1, 11), *parts, *own) if i <= steps} | {steps})
 
 
 def _flops_speedup(

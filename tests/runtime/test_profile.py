@@ -191,6 +191,14 @@ def test_a_run_of_anchors_is_never_faster() -> None:
     assert estimate.speedup[1] < 1
 
 
+def test_a_schedule_without_an_interval_has_the_policies_own_anchors() -> None:
+    many = estimate_schedule(made_up(), GEOMETRY, RunSchedule(steps=40, kept=0.25))
+    spaced = estimate_schedule(made_up(), GEOMETRY, RunSchedule(steps=40, interval=10, kept=0.25))
+    assert (many.run_ms, many.intervals) == (spaced.run_ms, spaced.intervals)
+    few = estimate_schedule(made_up(), GEOMETRY, RunSchedule(steps=8, kept=0.25))
+    assert few.roles == {"full": 0, "anchor": 2, "reduced": 6}
+
+
 def test_best_interval_is_the_shortest_close_to_a_single_anchor() -> None:
     estimate = estimate_schedule(made_up(), GEOMETRY, RunSchedule(steps=40, interval=10, kept=0.25))
     once = estimate.intervals[40]
