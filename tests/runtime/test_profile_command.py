@@ -377,7 +377,7 @@ def test_flux_is_measured_too(tiny_engine_sets: Callable[[str], Path], run: Comm
     )  # fmt: skip
     assert code == 0
     assert {entry["part"] for entry in content["rows"]} == set(PARTS)
-    assert content["schedule"][0]["roles"] == {"full": 0, "anchor": 1, "reduced": 3}
+    assert content["schedule"][0]["roles"] == {"full": 0, "anchor": 2, "reduced": 2}
 
 
 def test_a_noisy_machine_says_so_and_shows_no_digits(tmp_path: Path, run: Command) -> None:
