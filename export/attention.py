@@ -10,6 +10,7 @@ picture.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,9 @@ class JointContext:
         details: one (B, 3, C) float32 a layer that tells its scores; see `detailed_scores`.
         sensitivities: one (B,) float32 a measured layer (ToPi Eq. 4, one sample's sum).
         as_onnx_node: score with ONNX nodes rather than by computing.
+        processor: what a live processor hands a call to (the torch backend's).
+        attention: (query, key, value), each (B, H, L, D) -> (B, H, L, D); none means torch's.
+        score: in place of `plugins.log_sum_exp.influence`, with its arguments.
     """
 
     rope_cos: Tensor
@@ -45,6 +49,9 @@ class JointContext:
     details: list[Tensor] = field(default_factory=list)
     sensitivities: list[Tensor] = field(default_factory=list)
     as_onnx_node: bool = False
+    processor: Callable[..., Any] | None = None
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    score: Callable[..., Tensor] | None = None
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, as_onnx_node: bool) -> Tensor:
@@ -148,12 +155,15 @@ def attend(
     query = apply_rope(query, query_cos, query_sin, as_onnx_node=node)
     key = apply_rope(key, context.rope_cos, context.rope_sin, as_onnx_node=node)
     value = value.transpose(1, 2)  # (B, N, H, D) -> (B, H, N, D)
-    output = F.scaled_dot_product_attention(query, key, value)
+    output = (context.attention or F.scaled_dot_product_attention)(query, key, value)
     if role != "plain" and context.score_rows is not None:
         scale = query.shape[-1] ** -0.5
         noisy_query = query if has_noisy_queries else query[:, :, start:end]
         rows = noisy_query.index_select(2, context.score_rows)
-        if role == "score":
+        if role == "score" and context.score is not None:
+            references = key[:, :, end:], value[:, :, end:]
+            context.influences.append(context.score(rows, key, *references, scale))
+        elif role == "score":
             scores = influence(
                 rows, key, key[:, :, end:], value[:, :, end:], scale, as_onnx_node=node
             )

@@ -33,6 +33,19 @@ def architecture_of(transformer: nn.Module) -> str:
     )
 
 
+def unwrapped(transformer: Any) -> Any:
+    """The diffusers transformer inside `torch.compile`'s and peft's wrappers."""
+    while True:
+        if hasattr(transformer, "_orig_mod"):
+            transformer = transformer._orig_mod
+        elif type(transformer).__module__.startswith("peft.") and hasattr(
+            transformer, "get_base_model"
+        ):
+            transformer = transformer.get_base_model()
+        else:
+            return transformer
+
+
 def blocks_of(transformer: Any) -> list[nn.Module]:
     """Blocks in the order of ToPi's layer indices: FLUX counts double-stream blocks first."""
     architecture = architecture_of(transformer)

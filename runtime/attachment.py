@@ -13,7 +13,7 @@ from ditrim.engines.load import load_engines
 from ditrim.plugins.errors import UsageError
 from ditrim.runtime.caches.step_cache import Cache
 from ditrim.runtime.denoising.denoiser import Denoiser
-from ditrim.runtime.fit import check_pipeline, check_transformer, dtype_of
+from ditrim.runtime.fit import check_live, check_pipeline, check_transformer, dtype_of
 from ditrim.runtime.policies.topi import ToPi
 from ditrim.runtime.policy import Policy
 from ditrim.runtime.report import RunReport
@@ -36,6 +36,7 @@ class Attachment:
         self._original = pipe.transformer
         base: Any = type(pipe)
         self._original_class = base
+        self._held = transformer.denoiser.engines if transformer.is_live else None
         config = getattr(pipe, "config", {})
         self._original_entry = config.get("transformer")
         self._is_attached = True
@@ -46,7 +47,11 @@ class Attachment:
                 f"{self._original_class.__name__} cannot be attached to: instances of its class "
                 f"cannot be changed ({error})"
             ) from error
-        pipe.transformer = transformer
+        if self._held is not None:
+            self._held.hold()
+        else:
+            pipe.transformer = transformer
+        vars(pipe)[_STAND_IN] = transformer
 
     @property
     def report(self) -> RunReport:
@@ -78,8 +83,12 @@ class Attachment:
             return
         self._is_attached = False
         pipe = self.pipe
-        pipe.transformer = self._original
+        vars(pipe).pop(_STAND_IN, None)
         pipe.__class__ = self._original_class
+        if self._held is not None:
+            self._held.release()
+            return
+        pipe.transformer = self._original
         if self._original_entry is not None:
             pipe.register_to_config(transformer=self._original_entry)
         # diffusers renews its hooks after each call, and then hooked the stand-in.
@@ -98,6 +107,15 @@ class Attachment:
         self.detach()
 
 
+# Where an attached pipeline keeps what takes its transformer's calls.
+_STAND_IN = "_ditrim_stand_in"
+
+
+def _stand_in(pipe: Any) -> EngineTransformer | None:
+    stand_in = vars(pipe).get(_STAND_IN)
+    return stand_in if isinstance(stand_in, EngineTransformer) else None
+
+
 class _Attached:
     """What an attached pipeline does its own way; the rest is its class's.
 
@@ -106,12 +124,37 @@ class _Attached:
     """
 
     @property
+    def transformer(self) -> Any:
+        """The pipeline's transformer, or what stands in for it.
+
+        Where the engines run the pipeline's own, the stand-in is there inside a request only, so
+        that LoRAs, offloading and quantisation are set up on the transformer itself.
+        """
+        stand_in = _stand_in(self)
+        if stand_in is not None and stand_in.is_live and stand_in.opened_request() is not None:
+            return stand_in
+        return vars(self)["transformer"]
+
+    @transformer.setter
+    def transformer(self, value: Any) -> None:
+        vars(self)["transformer"] = value
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The pipeline's parts, with the transformer itself where the engines run it."""
+        parts: dict[str, Any] = super().components  # type: ignore[misc]
+        stand_in = _stand_in(self)
+        if stand_in is not None and stand_in.is_live:
+            parts["transformer"] = vars(self)["transformer"]
+        return parts
+
+    @property
     def scheduler(self) -> Any:
         """The pipeline's scheduler; inside a request, a view of it that reports its steps."""
-        plain, transformer = vars(self)["scheduler"], vars(self).get("transformer")
-        if not isinstance(transformer, EngineTransformer):
+        plain, stand_in = vars(self)["scheduler"], _stand_in(self)
+        if stand_in is None:
             return plain
-        request = transformer.opened_request()
+        request = stand_in.opened_request()
         return plain if request is None else watch_scheduler(plain, request)
 
     @scheduler.setter
@@ -136,11 +179,20 @@ class _Attached:
         )
 
 
-def _refuse_to_save(self: Any, *_: Any, **__: Any) -> NoReturn:
-    raise UsageError(
-        "an engine set stands in for this pipeline's transformer and cannot be saved with it; "
-        "detach it first (leave the `with` block, or call detach())"
-    )
+def _saving(plain: Any) -> Any:
+    """A method that saves a pipeline whose transformer is its own, and refuses otherwise."""
+
+    @functools.wraps(plain)
+    def save(self: Any, *args: Any, **kwargs: Any) -> Any:
+        stand_in = _stand_in(self)
+        if stand_in is not None and not stand_in.is_live:
+            raise UsageError(
+                "an engine set stands in for this pipeline's transformer and cannot be saved with "
+                "it; detach it first (leave the `with` block, or call detach())"
+            )
+        return plain(self, *args, **kwargs)
+
+    return save
 
 
 @functools.cache
@@ -149,9 +201,11 @@ def _attached_class(base: Any) -> type[Any]:
 
     @functools.wraps(base.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        transformer = vars(self).get("transformer")
-        if not isinstance(transformer, EngineTransformer):
+        transformer = _stand_in(self)
+        if transformer is None:
             return base.__call__(self, *args, **kwargs)
+        if transformer.is_live:
+            check_live(vars(self)["transformer"], transformer.denoiser.engines.transformer)
         if transformer.acts_on_steps:
             check_scheduler(vars(self)["scheduler"], transformer.denoiser.policy)
         with transformer.open_request():
@@ -165,14 +219,16 @@ def _attached_class(base: Any) -> type[Any]:
     }
     # diffusers would write a pipeline without a transformer, and only warn.
     members |= {
-        name: _refuse_to_save for name in ("save_pretrained", "push_to_hub") if hasattr(base, name)
+        name: _saving(getattr(base, name))
+        for name in ("save_pretrained", "push_to_hub")
+        if hasattr(base, name)
     }
     return type(base.__name__, (_Attached, base), members)
 
 
 def attach(
     pipe: Any,
-    engines: str | os.PathLike[str] | EngineSet | Engines,
+    engines: str | os.PathLike[str] | EngineSet | Engines | None = None,
     policy: Policy | None = None,
     *,
     cache: Cache | None = None,
@@ -182,13 +238,14 @@ def attach(
     timing: bool = False,
     check_weights: bool = True,
 ) -> Attachment:
-    """Replace a pipeline's transformer by engines.
+    """Let a pipeline's calls run reduced, on its own transformer or on an engine set.
 
     Args:
         pipe: `QwenImageEditPipeline`, `QwenImageEditPlusPipeline`, `FluxKontextPipeline`, their
             inpainting pipelines, the small editor's pipeline, or one shaped like them. Its
             transformer may be None.
-        engines: a folder, a loaded `EngineSet`, or what `load_engines` returned (to share).
+        engines: a folder, a loaded `EngineSet`, or what `load_engines` or `torch_engines` returned
+            (to share); none runs the pipeline's own transformer, without a build.
         policy: defaults to `ToPi()`.
         device, threads: see `load_engines`; used only where `engines` is not loaded yet.
         cache, region, timing: see `Denoiser`.
@@ -208,14 +265,14 @@ def attach(
             f"{type(pipe).__name__} has no transformer and scheduler: attach takes a diffusers "
             "pipeline"
         )
-    if isinstance(pipe.transformer, EngineTransformer):
-        raise UsageError("an engine set is attached to this pipeline already; detach it first")
-    loaded: Any = engines
-    if not hasattr(engines, "run"):
-        loaded = load_engines(engines, device=device, threads=threads)
+    if _stand_in(pipe) is not None:
+        raise UsageError("engines are attached to this pipeline already; detach them first")
+    loaded = open_engines(pipe, engines, device=device, threads=threads)
     check_pipeline(pipe, loaded.engine_set)
     dtype = None
-    if pipe.transformer is not None:
+    if hasattr(loaded, "transformer"):
+        check_live(pipe.transformer, loaded.transformer)
+    elif pipe.transformer is not None:
         check_transformer(pipe.transformer, loaded.engine_set, check_weights=check_weights)
         dtype = dtype_of(pipe.transformer)
     denoiser = Denoiser(
@@ -228,6 +285,19 @@ def attach(
     if denoiser.acts_on_steps:
         check_scheduler(pipe.scheduler, denoiser.policy)
     return Attachment(pipe, engine_transformer(denoiser, dtype))
+
+
+def open_engines(
+    pipe: Any, engines: Any, *, device: str = "auto", threads: int = 0
+) -> Any:
+    """Engines from whatever names them; those of the pipeline's own transformer for none."""
+    if engines is None:
+        from ditrim.engines.backends.torch.engines import torch_engines
+
+        return torch_engines(pipe)
+    if hasattr(engines, "run"):
+        return engines
+    return load_engines(engines, device=device, threads=threads)
 
 
 def detach(pipe: Any, attachment: Attachment) -> None:

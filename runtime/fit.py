@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ditrim.engines.sets.fingerprints import Floats, decode_samples, sample_places, samples_of
+from ditrim.export.split import unwrapped
 from ditrim.plugins.errors import UsageError
 
 if TYPE_CHECKING:
@@ -67,17 +68,39 @@ def check_pipeline(pipe: Any, engine_set: EngineSet) -> None:
         )
 
 
-def unwrapped(transformer: Any) -> Any:
-    """The diffusers transformer inside `torch.compile`'s and peft's wrappers."""
-    while True:
-        if hasattr(transformer, "_orig_mod"):
-            transformer = transformer._orig_mod
-        elif type(transformer).__module__.startswith("peft.") and hasattr(
-            transformer, "get_base_model"
-        ):
-            transformer = transformer.get_base_model()
-        else:
-            return transformer
+def check_live(transformer: Any, held: Any) -> None:
+    """Check that the torch backend runs what a pipeline's transformer would do.
+
+    Args:
+        transformer: of the pipeline, as it is now.
+        held: what the backend was made for.
+
+    Raises:
+        UsageError: it is another one, or something acts on its whole forward.
+    """
+    inner = None if transformer is None else unwrapped(transformer)
+    if inner is not held:
+        raise UsageError(
+            "the pipeline's transformer is not the one that these engines run: detach, and attach "
+            "again"
+        )
+    hooks = getattr(getattr(inner, "_diffusers_hook", None), "hooks", {})
+    parallel = getattr(inner, "_parallel_config", None)
+    if parallel is not None or any(name.startswith("cp_") for name in hooks):
+        raise UsageError(
+            "the pipeline's transformer is set up for diffusers' parallelism, which splits what "
+            "its own forward sees: reduction cannot run with it; leave enable_parallelism out"
+        )
+    for name, module in inner.named_modules():
+        _check_caches(name or "the transformer", module)
+        if getattr(module, "fused_projections", False):
+            raise UsageError(
+                f"{name} has fused projections, which scoring cannot look into: call "
+                "pipe.transformer.unfuse_qkv_projections() first"
+            )
+    _check_forward("the transformer", inner)
+    if not _is_diffusers(type(inner).forward):
+        _refuse_forward("the transformer")
 
 
 def dtype_of(transformer: Any) -> torch.dtype:
@@ -130,15 +153,7 @@ def _check_hooks(transformer: Any) -> None:
     """Refuse what changes the transformer's results from outside its weights."""
     for name, module in transformer.named_modules():
         where = name or "the transformer"
-        hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
-        foreign = sorted(hook for hook in hooks if hook not in _HARMLESS_HOOKS)
-        if foreign and not foreign[0].startswith("cp_"):  # context parallelism
-            raise UsageError(
-                f"{where} of the pipeline has the hook {foreign[0]!r}, as diffusers' caches set "
-                "it, which has no effect on an engine: disable it first "
-                "(pipe.transformer.disable_cache()) and give attach a cache of ditrim's "
-                "(cache=ditrim.StepCache(...))"
-            )
+        _check_caches(where, module)
         processor = getattr(module, "processor", None)
         if processor is not None and not _is_standard(processor):
             raise UsageError(
@@ -149,6 +164,18 @@ def _check_hooks(transformer: Any) -> None:
         _check_forward(where, module)
     if not _is_diffusers(type(transformer).forward):
         _refuse_forward("the transformer")
+
+
+def _check_caches(where: str, module: nn.Module) -> None:
+    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+    foreign = sorted(hook for hook in hooks if hook not in _HARMLESS_HOOKS)
+    if foreign and not foreign[0].startswith("cp_"):  # context parallelism
+        raise UsageError(
+            f"{where} of the pipeline has the hook {foreign[0]!r}, as diffusers' caches set it, "
+            "which has no effect on an engine: disable it first "
+            "(pipe.transformer.disable_cache()) and give attach a cache of ditrim's "
+            "(cache=ditrim.StepCache(...))"
+        )
 
 
 def _check_forward(where: str, module: nn.Module) -> None:

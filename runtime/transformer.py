@@ -221,6 +221,11 @@ class EngineTransformer(nn.Module):
         )
 
     @property
+    def is_live(self) -> bool:
+        """Whether the engines run the pipeline's own transformer."""
+        return hasattr(self.denoiser.engines, "transformer")
+
+    @property
     def config(self) -> FrozenDict:
         """The transformer's configuration."""
         return self._internal_dict
@@ -233,7 +238,7 @@ class EngineTransformer(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """What the pipeline's tensors are made in; engines take any."""
-        return self.placeholder.dtype
+        return self.denoiser.engines.dtype if self.is_live else self.placeholder.dtype
 
     @property
     def report(self) -> RunReport:
@@ -357,8 +362,9 @@ class EngineTransformer(nn.Module):
             controlnet_single_block_samples=controlnet_single_block_samples,
             additional_t_cond=additional_t_cond,
         )
-        for kwargs in (attention_kwargs, joint_attention_kwargs):
-            self._refuse(**{k: v for k, v in (kwargs or {}).items() if (k, v) != ("scale", 1.0)})
+        kwargs = {**(attention_kwargs or {}), **(joint_attention_kwargs or {})}
+        lora_scale = kwargs.pop("scale", 1.0)
+        self._refuse(**kwargs, **({} if lora_scale == 1.0 or self.is_live else {"scale": lora_scale}))
         batch = hidden_states.shape[0]
         timestep = timestep.reshape(-1).expand(batch) if timestep.numel() == 1 else timestep
         if guidance is not None:
@@ -390,23 +396,38 @@ class EngineTransformer(nn.Module):
                 return flux_rope(ids.image, ids.text, num_noisy, self._axes, self.device)
 
         request, branch, time = current.enter_call(timestep)
-        velocity = request.predict(
-            branch,
-            ModelInputs(
-                noisy_latents=hidden_states[:, :num_noisy],
-                reference_latents=hidden_states[:, num_noisy:],
-                text_embeds=encoder_hidden_states,
-                text_mask=encoder_hidden_states_mask,
-                timestep=timestep,
-                time=time,
-                grids=token_grids,
-                guidance=guidance if self.config["guidance_embeds"] else None,
-                pooled_text=pooled_projections,
-                rope_key=key,
-                make_rope=make_rope,
-            ),
-        ).to(hidden_states.device, hidden_states.dtype)
+        inputs = ModelInputs(
+            noisy_latents=hidden_states[:, :num_noisy],
+            reference_latents=hidden_states[:, num_noisy:],
+            text_embeds=encoder_hidden_states,
+            text_mask=encoder_hidden_states_mask,
+            timestep=timestep,
+            time=time,
+            grids=token_grids,
+            guidance=guidance if self.config["guidance_embeds"] else None,
+            pooled_text=pooled_projections,
+            rope_key=key,
+            make_rope=make_rope,
+        )
+        with self._lora_scaled(lora_scale):
+            velocity = request.predict(branch, inputs)
+        velocity = velocity.to(hidden_states.device, hidden_states.dtype)
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
+
+    @contextmanager
+    def _lora_scaled(self, scale: float) -> Iterator[None]:
+        """Scale the LoRAs of the pipeline's own transformer, as its forward does."""
+        if scale == 1.0:
+            yield
+            return
+        from diffusers.utils import scale_lora_layers, unscale_lora_layers
+
+        transformer = self.denoiser.engines.transformer  # type: ignore[attr-defined]
+        scale_lora_layers(transformer, scale)
+        try:
+            yield
+        finally:
+            unscale_lora_layers(transformer, scale)
 
     @staticmethod
     def _refuse(**arguments: object) -> None:
@@ -421,7 +442,40 @@ class EngineTransformer(nn.Module):
 def engine_transformer(denoiser: Denoiser, dtype: torch.dtype | None = None) -> EngineTransformer:
     """Make a stand-in that is an instance of the diffusers class whose place it takes."""
     name = denoiser.engines.engine_set.manifest.transformer_class
-    return _class_for(name)(denoiser, dtype)
+    is_live = hasattr(denoiser.engines, "transformer")
+    return (_live_class_for if is_live else _class_for)(name)(denoiser, dtype)
+
+
+@functools.cache
+def _live_class_for(name: str) -> type[EngineTransformer]:
+    """`EngineTransformer` as a subclass of a diffusers transformer, whose methods are the own one's.
+
+    It is seen by what runs inside a pipeline's call, as callbacks are.
+    """
+    import diffusers
+
+    base: type[Any] = getattr(diffusers, name)
+    own = {*_WORKS, *vars(EngineTransformer)} - {"to", "half", "float", "cpu", "cuda"}
+    methods = {
+        attribute: _delegating(attribute)
+        for attribute in dir(base)
+        if not attribute.startswith("_")
+        and attribute not in own
+        and callable(getattr(base, attribute))
+    }
+    methods["num_parameters"] = _delegating("num_parameters")
+    members = {"__doc__": EngineTransformer.__doc__, "__module__": __name__}
+    return type("EngineTransformer", (type("_Own", (), methods), EngineTransformer, base), members)
+
+
+def _delegating(name: str) -> Any:
+    """A method that the transformer itself answers."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.denoiser.engines.transformer, name)(*args, **kwargs)
+
+    call.__name__ = name
+    return call
 
 
 @functools.cache

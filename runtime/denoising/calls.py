@@ -272,13 +272,13 @@ class EngineCalls:
         )
 
     def _rope(self, inputs: ModelInputs) -> RopeTables:
-        return self._tables.get(inputs.rope_key, inputs.make_rope)
+        return self._tables.get((inputs.rope_key, self.engines.device), inputs.make_rope)
 
     def _expanded_rope(self, key: tuple[object, ...], tables: RopeTables, batch: int) -> RopeRows:
         """Reference tables repeated for a batch, (B, C, D/2) each."""
         cosines, sines = tables.reference
         return self._expanded.get(
-            (key, batch),
+            (key, batch, cosines.device),
             lambda: (
                 cosines.expand(batch, -1, -1).contiguous(),
                 sines.expand(batch, -1, -1).contiguous(),

@@ -1,0 +1,1 @@
+"""The torch backend: FRONT and BACK as the pipeline's own transformer runs them."""

@@ -1,0 +1,238 @@
+"""The torch backend: a pipeline's own transformer behind the seam of engines.
+
+Replaces: a build. There is no copy of the weights and no file: FRONT and BACK are the transformer's
+own modules, called in diffusers' order. So whatever acts on them, as LoRA layers, quantisation and
+offloading do, acts at the next call.
+Limits: what acts on the whole transformer's forward (step caches of other libraries, context
+parallelism) would have no effect and is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ditrim.engines.backends.torch.blocks import call_block, embed, run_blocks, streams_of
+from ditrim.engines.backends.torch.cuda_graphs import CudaGraphs
+from ditrim.engines.backends.torch.live_set import LiveEngineSet, describe, dtype_of, family_of
+from ditrim.engines.backends.torch.processors import (
+    held_processors,
+    hold_processors,
+    release_processors,
+)
+from ditrim.engines.forking import check_not_forked
+from ditrim.export.split import blocks_of, unwrapped
+from ditrim.plugins.errors import UsageError
+
+_SMALL_PIPELINE = "SmallEditPipeline"
+
+
+class TorchEngines:
+    """FRONT and BACK of a transformer in memory (see `Engines`). Threads may share it."""
+
+    def __init__(
+        self,
+        transformer: Any,
+        engine_set: LiveEngineSet,
+        *,
+        compile: Literal["blocks"] | None = None,
+        cuda_graphs: int = 0,
+    ) -> None:
+        """Take a transformer; `torch_engines` describes and checks it.
+
+        Args:
+            transformer: of diffusers, without wrappers.
+            engine_set: its description.
+            compile: see `torch_engines`.
+            cuda_graphs: the same.
+        """
+        self.transformer = transformer
+        self.engine_set = engine_set
+        self._call_block: Callable[..., Any] = call_block
+        if compile is not None:
+            self._call_block = torch.compile(call_block, dynamic=True)
+        self._graphs = CudaGraphs(cuda_graphs) if cuda_graphs else None
+        how = ", blocks compiled" if compile is not None else ""
+        how += f", up to {cuda_graphs} CUDA graphs" if cuda_graphs else ""
+        self._how = f"torch {torch.__version__}{how}"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer computes, also where its weights wait elsewhere."""
+        return execution_device(self.transformer)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the transformer computes in."""
+        return dtype_of(self.transformer)
+
+    @property
+    def choice(self) -> str:
+        """What runs where, one sentence."""
+        return f"{self._how} on {self.device}: the pipeline's own transformer"
+
+    def hold(self) -> None:
+        """Keep the transformer's attention processors ready between calls.
+
+        Raises:
+            UsageError: a processor is not diffusers' own.
+        """
+        hold_processors(self.transformer)
+
+    def release(self) -> None:
+        """Undo one `hold`; the last one leaves the transformer as it was."""
+        release_processors(self.transformer)
+
+    @torch.no_grad()
+    def run(
+        self, role: str, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
+    ) -> None:
+        """Run a graph; see `Engines.run`."""
+        check_not_forked()
+        graph = self._front if role == "front" else self._back
+        with held_processors(self.transformer), _around_forward(self.transformer):
+            if self._graphs is None:
+                graph(role, inputs, outputs)
+            else:
+                self._graphs.run(graph, role, inputs, outputs)
+
+    def synchronize(self) -> None:
+        """Wait until everything run so far is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _front(
+        self, role: str, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
+    ) -> None:
+        manifest, num_noisy = self.engine_set.manifest, inputs["noisy_latents"].shape[1]
+        embedded = embed(self.transformer, inputs)
+        streams = streams_of({**inputs, **embedded}, embedded["hidden"], scored=False)
+        run_blocks(
+            blocks_of(self.transformer)[: manifest.front_depth],
+            streams,
+            architecture=manifest.architecture,
+            call=self._call_block,
+        )
+        outputs["noisy"].copy_(streams.hidden[:, :num_noisy])
+        outputs["reference"].copy_(streams.hidden[:, num_noisy:])
+        outputs["text"].copy_(streams.text)
+        outputs["temb"].copy_(streams.temb)
+        if streams.reference_temb is not None:
+            outputs["reference_temb"].copy_(streams.reference_temb)
+
+    def _back(
+        self, role: str, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
+    ) -> None:
+        manifest, transformer = self.engine_set.manifest, self.transformer
+        hidden = torch.cat([inputs["noisy"], inputs["reference"]], dim=1)  # (B, G + K', d)
+        streams = streams_of(inputs, hidden, scored=role == "anchor")
+        blocks = blocks_of(transformer)
+        run_blocks(
+            blocks[manifest.front_depth :],
+            streams,
+            architecture=manifest.architecture,
+            scoring=frozenset(
+                layer - manifest.front_depth for layer in manifest.representative_layers
+            ),
+            last=blocks[-1],
+            call=self._call_block,
+        )
+        velocity = transformer.proj_out(transformer.norm_out(streams.hidden, streams.temb))
+        outputs["velocity"].copy_(velocity)
+        if streams.influences:
+            outputs["influence"].copy_(torch.stack(streams.influences).sum(dim=0))
+
+
+def torch_engines(
+    pipe: Any,
+    *,
+    model: str | None = None,
+    front_depth: int | None = None,
+    layers: Sequence[int] | None = None,
+    granularity: int | None = None,
+    compile: Literal["blocks"] | None = None,
+    cuda_graphs: int = 0,
+) -> TorchEngines:
+    """Run a pipeline's own transformer reduced, without a build.
+
+    Args:
+        pipe: a diffusers pipeline, or a transformer by itself.
+        model: the family's name where the pipeline does not tell it; see `build-engine --model`.
+        front_depth: K, the first layers that always see the full context (ToPi App. B); the
+            family's by default, scaled to the transformer's depth.
+        layers: L, the layers whose attention is scored (ToPi App. C.3); the family's by default.
+        granularity: kept counts are rounded up to a multiple of it by keeping the next-ranked
+            tokens. By default 1, and with `compile` or `cuda_graphs` what leaves at most 64 counts.
+        compile: "blocks" compiles each kind of block once, for every length.
+        cuda_graphs: how many CUDA graphs to keep, one for each role and shape; 0 for none.
+
+    Raises:
+        UsageError: the transformer is of no known family, or K, L or the granularity do not fit.
+    """
+    if compile not in (None, "blocks"):
+        raise UsageError(f"compile={compile!r}; give 'blocks', or leave it out")
+    if cuda_graphs < 0:
+        raise UsageError(f"cuda_graphs={cuda_graphs} must not be negative")
+    given = pipe.transformer if hasattr(pipe, "transformer") else pipe
+    if given is None:
+        raise UsageError(
+            "the pipeline was loaded without its transformer, which the torch backend runs: load "
+            "it with one, or attach an engine set"
+        )
+    transformer = unwrapped(given)
+    if compile is None and (given is not transformer or _is_compiled(transformer)):
+        compile = "blocks"  # as a transformer that is compiled as a whole was meant
+    name = type(pipe).__name__ if pipe is not given else None
+    is_small = name == _SMALL_PIPELINE
+    family = family_of(transformer, name, model)
+    engine_set = describe(
+        transformer,
+        family=family,
+        pipeline_class=family.pipeline_class,
+        is_small=is_small,
+        front_depth=front_depth,
+        layers=None if layers is None else tuple(layers),
+        few_lengths=compile is not None or cuda_graphs > 0,
+        granularity=granularity,
+    )
+    return TorchEngines(transformer, engine_set, compile=compile, cuda_graphs=cuda_graphs)
+
+
+def _is_compiled(transformer: Any) -> bool:
+    return getattr(transformer, "_compiled_call_impl", None) is not None
+
+
+def execution_device(transformer: Any) -> torch.device:
+    """Where a transformer computes; offload hooks bring the weights there."""
+    for module in transformer.modules():
+        hook = getattr(module, "_hf_hook", None)
+        device = getattr(hook, "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+        for hook in getattr(getattr(module, "_diffusers_hook", None), "hooks", {}).values():
+            device = getattr(getattr(hook, "group", None), "onload_device", None)
+            if device is not None:
+                return torch.device(device)
+    device = transformer.device
+    return device if isinstance(device, torch.device) else torch.device(device)
+
+
+@contextlib.contextmanager
+def _around_forward(transformer: Any) -> Iterator[None]:
+    """Do what offloading does around the transformer's own forward, which is not called."""
+    hook = getattr(transformer, "_hf_hook", None)
+    registry = getattr(getattr(transformer, "_diffusers_hook", None), "hooks", {})
+    groups = [found for name, found in registry.items() if name == "group_offloading"]
+    if hook is not None:
+        hook.pre_forward(transformer)
+    for group in groups:
+        group.pre_forward(transformer)
+    yield
+    for group in reversed(groups):
+        group.post_forward(transformer, None)
+    if hook is not None:
+        hook.post_forward(transformer, None)

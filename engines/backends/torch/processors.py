@@ -1,0 +1,128 @@
+"""Attention processors that serve the pipeline's own calls and those of the torch backend.
+
+Replaces: exchanging the processors for the time of a call, which every other pipeline over the same
+transformer would notice. A live processor is told apart by its argument alone: given a
+`JointContext` it runs this package's attention, given anything else it is what it stands for,
+whose attributes it shares. So threads, offload hooks, compiled blocks and a second pipeline go on
+as before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from torch import Tensor, nn
+
+from ditrim.export.attention import JointContext
+from ditrim.export.split import blocks_of
+from ditrim.plugins.errors import UsageError
+
+_LOCK = threading.Lock()
+# How many attachments use a transformer's live processors.
+_HOLDERS: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def held_processors(transformer: nn.Module) -> Iterator[None]:
+    """Make a transformer's attention serve the torch backend too, inside the block.
+
+    Raises:
+        UsageError: a block has a processor that is not diffusers' own.
+    """
+    hold_processors(transformer)
+    try:
+        yield
+    finally:
+        release_processors(transformer)
+
+
+def hold_processors(transformer: nn.Module) -> None:
+    """Begin what `held_processors` does; processors that were exchanged since are served again."""
+    with _LOCK:
+        for layer, block in enumerate(blocks_of(transformer)):
+            attn: Any = block.attn
+            if not isinstance(attn.processor, _Live):
+                _check(attn.processor, layer)
+                attn.processor = _live(attn.processor)
+        _HOLDERS[transformer] = _HOLDERS.get(transformer, 0) + 1
+
+
+def release_processors(transformer: nn.Module) -> None:
+    """End what `hold_processors` began; the last one puts the processors back."""
+    with _LOCK:
+        _HOLDERS[transformer] -= 1
+        if _HOLDERS[transformer]:
+            return
+        del _HOLDERS[transformer]
+        for block in blocks_of(transformer):
+            attn: Any = block.attn
+            if isinstance(attn.processor, _Live):
+                attn.processor = attn.processor._stands_for
+
+
+def _check(processor: Any, layer: int) -> None:
+    kind = type(processor)
+    if not kind.__module__.startswith("diffusers.") or "IPAdapter" in kind.__name__:
+        raise UsageError(
+            f"block {layer} has the attention processor {kind.__name__}, which cannot score or run "
+            "reduced: put the default ones back (pipe.transformer.set_attn_processor(...)), or "
+            "detach"
+        )
+
+
+def _live(processor: Any) -> Any:
+    live = object.__new__(_live_class(type(processor)))
+    live.__dict__ = processor.__dict__
+    live._stands_for = processor
+    return live
+
+
+class _Live:
+    """Marks a live processor."""
+
+    __slots__ = ()
+    _stands_for: Any
+
+
+def _attend(backend: Any, parallel: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The attention that diffusers would use: (B, H, L, D) each."""
+    output = dispatch_attention_fn(
+        *(x.transpose(1, 2) for x in (query, key, value)), backend=backend, parallel_config=parallel
+    )
+    return output.transpose(1, 2)
+
+
+@functools.cache
+def _live_class(base: Any) -> type[Any]:
+    parameters = list(inspect.signature(base.__call__).parameters)
+    place = parameters.index("image_rotary_emb") - 1  # among the arguments after self
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        context = args[place] if len(args) > place else kwargs.get("image_rotary_emb")
+        if not isinstance(context, JointContext):
+            return base.__call__(self, *args, **kwargs)
+        attn, hidden, *others = args
+        text: Tensor | None = others[0] if others else kwargs.get("encoder_hidden_states")
+        context.attention = functools.partial(
+            _attend, self._attention_backend, self._parallel_config
+        )
+        return context.processor(attn, hidden, text, image_rotary_emb=context)
+
+    call.__signature__ = inspect.signature(base.__call__)  # type: ignore[attr-defined]
+    members = {
+        "__slots__": ("_stands_for",),
+        "__call__": call,
+        # A copy is the plain processor.
+        "__reduce_ex__": lambda self, protocol: self._stands_for.__reduce_ex__(protocol),
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+    }
+    return type(base.__name__, (_Live, base), members)
