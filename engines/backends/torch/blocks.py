@@ -84,12 +84,12 @@ def embed(transformer: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         references as at t = 0, "reference_temb" (B, d).
     """
     latents = torch.cat([inputs["noisy_latents"], inputs["reference_latents"]], dim=1)
-    time = inputs["timestep"]
+    # Rounded as diffusers rounds them, which is coarse in bfloat16: a model's results are those.
+    time = inputs["timestep"].to(latents.dtype)
     if architecture_of(transformer) == "flux":
-        # Timestep and guidance stay float32 up to the sinusoids: 1000 in bfloat16 is coarse.
         arguments = [time * 1000]
         if transformer.config.guidance_embeds:
-            arguments.append(inputs["guidance"] * 1000)
+            arguments.append(inputs["guidance"].to(latents.dtype) * 1000)
         return {
             "hidden": transformer.x_embedder(latents),
             "text": transformer.context_embedder(inputs["text_embeds"]),

@@ -84,6 +84,10 @@ def _live(processor: Any) -> Any:
     return live
 
 
+def _same(processor: Any) -> Any:
+    return processor
+
+
 class _Live:
     """Marks a live processor."""
 
@@ -119,8 +123,8 @@ def _live_class(base: Any) -> type[Any]:
     members = {
         "__slots__": ("_stands_for",),
         "__call__": call,
-        # A copy is the plain processor.
-        "__reduce_ex__": lambda self, protocol: self._stands_for.__reduce_ex__(protocol),
+        # Copies and pickles are plain processors.
+        "__reduce_ex__": lambda self, protocol: (_same, (self._stands_for,)),
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
