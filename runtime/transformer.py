@@ -48,6 +48,12 @@ _WORKS = {
     "to_json_string",
 }
 _REFUSED_OF_MODULES = ("compile", "load_state_dict", "state_dict")
+# Methods of a module that are asked of the pipeline's own transformer where the engines run it.
+_OF_WEIGHTS = (
+    *("compile", "load_state_dict", "state_dict", "num_parameters"),
+    *("modules", "named_modules", "parameters", "named_parameters", "buffers", "named_buffers"),
+    *("children", "named_children", "to", "half", "float", "bfloat16", "cpu", "cuda"),
+)
 # The first word that a method's name holds tells why, and what to do.
 _REMEDIES = (
     (
@@ -455,7 +461,7 @@ def _live_class_for(name: str) -> type[EngineTransformer]:
     import diffusers
 
     base: type[Any] = getattr(diffusers, name)
-    own = {*_WORKS, *vars(EngineTransformer)} - {"to", "half", "float", "cpu", "cuda"}
+    own = {*dir(nn.Module), *_WORKS, *vars(EngineTransformer)} - {*_OF_WEIGHTS}
     methods = {
         attribute: _delegating(attribute)
         for attribute in dir(base)
@@ -463,7 +469,6 @@ def _live_class_for(name: str) -> type[EngineTransformer]:
         and attribute not in own
         and callable(getattr(base, attribute))
     }
-    methods["num_parameters"] = _delegating("num_parameters")
     members = {"__doc__": EngineTransformer.__doc__, "__module__": __name__}
     return type("EngineTransformer", (type("_Own", (), methods), EngineTransformer, base), members)
 
