@@ -52,8 +52,9 @@ class TorchEngines:
         """
         self.transformer = transformer
         self.engine_set = engine_set
+        self._is_compiled = compile is not None
         self._call_block: Callable[..., Any] = call_block
-        if compile is not None:
+        if self._is_compiled:
             self._call_block = torch.compile(call_block, dynamic=True)
         self._graphs = CudaGraphs(cuda_graphs) if cuda_graphs else None
         how = ", blocks compiled" if compile is not None else ""
@@ -110,6 +111,8 @@ class TorchEngines:
     ) -> None:
         manifest, num_noisy = self.engine_set.manifest, inputs["noisy_latents"].shape[1]
         embedded = embed(self.transformer, inputs)
+        if self._is_compiled:  # a view would be compiled for apart from what blocks return
+            embedded = {name: tensor.clone() for name, tensor in embedded.items()}
         streams = streams_of({**inputs, **embedded}, embedded["hidden"], scored=False)
         run_blocks(
             blocks_of(self.transformer)[: manifest.front_depth],
