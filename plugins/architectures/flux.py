@@ -43,6 +43,8 @@ def _embed(
     timestep: Tensor,
     guidance: Tensor | None,
     pooled_text: Tensor | None,
+    *,
+    has_reference_temb: bool,
 ) -> tuple[Tensor, Tensor, Tensor, None]:
     # Timestep and guidance stay float32 up to the sinusoids: 1000 in bfloat16 is coarse.
     arguments = [timestep.float() * 1000]
