@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditrim.export.split import architecture_of, blocks_of, processors_installed
+from ditrim.export.split import processors_installed
 from ditrim.plugins.architectures import ARCHITECTURES
 from ditrim.plugins.architectures.architecture import call_places
+from ditrim.plugins.architectures.transformers import architecture_of, blocks_of
 from ditrim.plugins.attention import JointContext
 from ditrim.plugins.errors import UsageError
 

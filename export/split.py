@@ -12,51 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ditrim.plugins.architectures import ARCHITECTURES
-from ditrim.plugins.architectures.architecture import BlockList
-from ditrim.plugins.attention import JointContext
+from ditrim.plugins.architectures.transformers import architecture_of, blocks_of, listed_blocks
+from ditrim.plugins.attention import JointContext, join_rope, paired
 from ditrim.plugins.errors import UsageError
 
 _ABSENT = object()
-
-
-def architecture_of(transformer: nn.Module) -> str:
-    """The name of a transformer's architecture in `ARCHITECTURES`.
-
-    Raises:
-        UsageError: the transformer is of no class that is known.
-    """
-    known = {value.transformer_class: name for name, value in ARCHITECTURES.items()}
-    for base in type(transformer).__mro__:
-        if base.__name__ in known:
-            return known[base.__name__]
-    raise UsageError(
-        f"{type(transformer).__name__} is not a transformer that can be split; "
-        f"known: {', '.join(known)}"
-    )
-
-
-def unwrapped(transformer: Any) -> Any:
-    """The diffusers transformer inside `torch.compile`'s and peft's wrappers."""
-    while True:
-        if hasattr(transformer, "_orig_mod"):
-            transformer = transformer._orig_mod
-        elif type(transformer).__module__.startswith("peft.") and hasattr(
-            transformer, "get_base_model"
-        ):
-            transformer = transformer.get_base_model()
-        else:
-            return transformer
-
-
-def blocks_of(transformer: Any) -> list[nn.Module]:
-    """Blocks in the order of ToPi's layer indices: FLUX counts double-stream blocks first."""
-    return [block for _, block in listed_blocks(transformer)]
-
-
-def listed_blocks(transformer: Any) -> list[tuple[BlockList, nn.Module]]:
-    """The same, each with the list that it is of."""
-    lists = ARCHITECTURES[architecture_of(transformer)].blocks
-    return [(blocks, block) for blocks in lists for block in getattr(transformer, blocks.name)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,24 +114,6 @@ def processors_installed(
                 setattr(block, name, value)
 
 
-def paired(
-    temb: Tensor, reference_temb: Tensor | None, num_image: int, num_noisy: int
-) -> tuple[Tensor, Tensor | None]:
-    """Time embeddings of noisy and reference tokens, and which tokens take the second.
-
-    Args:
-        temb: (B, d); reference_temb: (B, d) where reference tokens are modulated otherwise.
-        num_image, num_noisy: G + C and G.
-
-    Returns:
-        (B, 2, d) and (G + C, 1) bool, or `temb` and none.
-    """
-    if reference_temb is None:
-        return temb, None
-    positions = torch.arange(num_image, device=temb.device)
-    return torch.stack([temb, reference_temb], dim=1), (positions >= num_noisy)[:, None]
-
-
 def run_blocks(
     architecture: str,
     blocks: Iterable[nn.Module],
@@ -196,12 +138,6 @@ def run_blocks(
     for block in blocks:
         text, hidden = block(**arguments(hidden, text, temb, context, is_reference))
     return hidden, text
-
-
-def join_rope(text: Tensor, noisy: Tensor, reference: Tensor) -> Tensor:
-    """(T, D/2), (G, D/2) and (B, C, D/2) -> (B, T + G + C, D/2)."""
-    shared = torch.cat([text, noisy], dim=0).expand(reference.shape[0], -1, -1)
-    return torch.cat([shared, reference], dim=1)
 
 
 class _Graph(nn.Module):

@@ -76,6 +76,30 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor, *, as_onnx_node: bool) -> Te
     return rotated.flatten(-2).to(x.dtype)
 
 
+def join_rope(text: Tensor, noisy: Tensor, reference: Tensor) -> Tensor:
+    """(T, D/2), (G, D/2) and (B, C, D/2) -> (B, T + G + C, D/2)."""
+    shared = torch.cat([text, noisy], dim=0).expand(reference.shape[0], -1, -1)
+    return torch.cat([shared, reference], dim=1)
+
+
+def paired(
+    temb: Tensor, reference_temb: Tensor | None, num_image: int, num_noisy: int
+) -> tuple[Tensor, Tensor | None]:
+    """Time embeddings of noisy and reference tokens, and which tokens take the second.
+
+    Args:
+        temb: (B, d); reference_temb: (B, d) where reference tokens are modulated otherwise.
+        num_image, num_noisy: G + C and G.
+
+    Returns:
+        (B, 2, d) and (G + C, 1) bool, or `temb` and none.
+    """
+    if reference_temb is None:
+        return temb, None
+    positions = torch.arange(num_image, device=temb.device)
+    return torch.stack([temb, reference_temb], dim=1), (positions >= num_noisy)[:, None]
+
+
 def key_similarity(noisy_keys: Tensor, reference_keys: Tensor) -> Tensor:
     """How like the noisy tokens' keys each reference token's key is (ToPi Table 3).
 

@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ditrim.engines.backends.torch.engines import torch_engines
+    from ditrim.engines.live import torch_engines
     from ditrim.engines.load import load_engines
     from ditrim.runtime.attachment import Attachment, attach, detach
     from ditrim.runtime.caches.calibration import load_tea_cache
@@ -75,7 +75,7 @@ _HOMES = {
     "detach": "ditrim.runtime.attachment",
     "load_engines": "ditrim.engines.load",
     "load_tea_cache": "ditrim.runtime.caches.calibration",
-    "torch_engines": "ditrim.engines.backends.torch.engines",
+    "torch_engines": "ditrim.engines.live",
 }
 
 

@@ -36,7 +36,8 @@ class Attachment:
         self._original = pipe.transformer
         base: Any = type(pipe)
         self._original_class = base
-        self._held = transformer.denoiser.engines if transformer.is_live else None
+        engines: Any = transformer.denoiser.engines
+        self._held = engines if transformer.is_live else None
         config = getattr(pipe, "config", {})
         self._original_entry = config.get("transformer")
         self._is_attached = True
@@ -205,7 +206,8 @@ def _attached_class(base: Any) -> type[Any]:
         if transformer is None:
             return base.__call__(self, *args, **kwargs)
         if transformer.is_live:
-            check_live(vars(self)["transformer"], transformer.denoiser.engines.transformer)
+            live: Any = transformer.denoiser.engines
+            check_live(vars(self)["transformer"], live.transformer)
         if transformer.acts_on_steps:
             check_scheduler(vars(self)["scheduler"], transformer.denoiser.policy)
         with transformer.open_request():
@@ -287,12 +289,10 @@ def attach(
     return Attachment(pipe, engine_transformer(denoiser, dtype))
 
 
-def open_engines(
-    pipe: Any, engines: Any, *, device: str = "auto", threads: int = 0
-) -> Any:
+def open_engines(pipe: Any, engines: Any, *, device: str = "auto", threads: int = 0) -> Any:
     """Engines from whatever names them; those of the pipeline's own transformer for none."""
     if engines is None:
-        from ditrim.engines.backends.torch.engines import torch_engines
+        from ditrim.engines.live import torch_engines
 
         return torch_engines(pipe)
     if hasattr(engines, "run"):

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ditrim.engines.sets.fingerprints import Floats, decode_samples, sample_places, samples_of
-from ditrim.export.split import unwrapped
+from ditrim.plugins.architectures.transformers import unwrapped
 from ditrim.plugins.errors import UsageError
 
 if TYPE_CHECKING:

@@ -397,7 +397,7 @@ def engine_transformer(denoiser: Denoiser, dtype: torch.dtype | None = None) -> 
 
 @functools.cache
 def _live_class_for(name: str) -> type[EngineTransformer]:
-    """`EngineTransformer` as a subclass of a diffusers transformer, whose methods are the own one's.
+    """`EngineTransformer` as a subclass of a diffusers transformer that answers for itself.
 
     It is seen by what runs inside a pipeline's call, as callbacks are.
     """

@@ -29,7 +29,7 @@ FLOORS = {
         ("backend",),
         ("backends",),
         ("load", "build"),
-        ("estimate",),
+        ("estimate", "live"),
     ),
     "runtime": (
         ("metrics", "report"),

@@ -9,7 +9,7 @@ import torch
 from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
 from torch import Tensor
 
-from ditrim.export.split import architecture_of
+from ditrim.plugins.architectures.transformers import architecture_of
 from ditrim.plugins.layout import Layout
 from ditrim.runtime.denoising.rope import RopeTables, rope_for
 

@@ -158,7 +158,7 @@ def _in_layout(task: BuildTask, folder: Path, progress: Progress) -> Iterator[Ch
 def _trace_graphs(writing: _Writing, folder: Path, progress: Progress) -> dict[str, GraphSpec]:
     """Graphs that hold their weights in files of their own."""
     from ditrim.export.graph import export_graph, write_graph
-    from ditrim.export.split import blocks_of
+    from ditrim.plugins.architectures.transformers import blocks_of
 
     options, point = writing.task.options, writing.point
     transformer = _load(writing, folder, progress)

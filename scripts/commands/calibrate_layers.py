@@ -203,7 +203,7 @@ def _calibrate(arguments: argparse.Namespace, terminal: Terminal) -> dict[str, A
         sensitivity_recorded,
         top_layers,
     )
-    from ditrim.export.split import blocks_of
+    from ditrim.plugins.architectures.transformers import blocks_of
 
     family = family_named(arguments.model)
     if arguments.preset == "small":

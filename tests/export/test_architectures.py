@@ -22,11 +22,11 @@ from ditrim.engines.cost.parameters import count_parameters
 from ditrim.engines.estimate.estimate import estimate
 from ditrim.engines.load import load_engines
 from ditrim.export.family import FAMILIES
-from ditrim.export.split import architecture_of, blocks_of
 from ditrim.plugins.architectures import ARCHITECTURES
 from ditrim.plugins.architectures.architecture import CallArguments, Positions
 from ditrim.plugins.architectures.flux import FLUX, place_by_ids
 from ditrim.plugins.architectures.streams import count_inputs, input_products
+from ditrim.plugins.architectures.transformers import architecture_of, blocks_of
 from ditrim.plugins.layout import Layout
 from ditrim.runtime.denoising.denoiser import Denoiser
 from ditrim.runtime.policy import FullContext

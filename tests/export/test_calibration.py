@@ -18,7 +18,7 @@ from ditrim.export.calibration import (
     sensitivity_recorded,
     top_layers,
 )
-from ditrim.export.split import blocks_of
+from ditrim.plugins.architectures.transformers import blocks_of
 from ditrim.plugins.errors import UsageError
 
 

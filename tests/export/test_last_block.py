@@ -20,14 +20,8 @@ from ditrim.export.assemble import assemble_graph, index_weights, write_linked
 from ditrim.export.checkpoint import find_checkpoint
 from ditrim.export.family import FAMILIES
 from ditrim.export.graph import back_input_names, example_inputs, export_graph, write_graph
-from ditrim.export.split import (
-    BackGraph,
-    FrontGraph,
-    SplitPoint,
-    blocks_of,
-    processors_installed,
-    run_blocks,
-)
+from ditrim.export.split import BackGraph, FrontGraph, SplitPoint, processors_installed, run_blocks
+from ditrim.plugins.architectures.transformers import blocks_of
 from ditrim.plugins.attention import JointContext
 
 POINT = SplitPoint(num_layers=4, front_depth=1, representative_layers=(3,))

@@ -11,7 +11,8 @@ from tiny import FAMILY_NAMES, Call, make_call, rope_of, tiny_transformer
 from torch import Tensor
 
 from ditrim.export.family import FAMILIES
-from ditrim.export.split import BackGraph, FrontGraph, SplitPoint, blocks_of, processors_installed
+from ditrim.export.split import BackGraph, FrontGraph, SplitPoint, processors_installed
+from ditrim.plugins.architectures.transformers import blocks_of
 from ditrim.plugins.errors import UsageError
 
 CPU = torch.device("cpu")

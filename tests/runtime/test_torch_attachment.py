@@ -102,7 +102,9 @@ POLICIES: dict[str, Callable[[], dict[str, Any]]] = {
     "topi": lambda: {"policy": ditrim.ToPi(tau=0.5, interval=2)},
     "coverage": lambda: {"policy": ditrim.CoverageToPi(ratio=0.4, interval=2)},
     "tokendrop": lambda: {"policy": ditrim.TokenDrop()},
-    "random": lambda: {"policy": ditrim.RandomDrop(policy=ditrim.ToPi(tau=0.5, interval=2), seed=1)},
+    "random": lambda: {
+        "policy": ditrim.RandomDrop(policy=ditrim.ToPi(tau=0.5, interval=2), seed=1)
+    },
     "merge": lambda: {"policy": ditrim.ImportanceMerge()},
     "tome": lambda: {"policy": ditrim.ToMeSD()},
     "toma": lambda: {"policy": ditrim.ToMA()},
@@ -235,7 +237,11 @@ def test_an_attached_transformer_can_be_copied_pickled_and_saved(tmp_path: Path)
         copied = copy.deepcopy(pipe.transformer)
         pickled = pickle.loads(pickle.dumps(pipe.transformer))
         pipe.save_pretrained(tmp_path)
-    for transformer in (copied, pickled, type(pipe.transformer).from_pretrained(tmp_path, subfolder="transformer")):
+    for transformer in (
+        copied,
+        pickled,
+        type(pipe.transformer).from_pretrained(tmp_path, subfolder="transformer"),
+    ):
         other = tiny_pipeline("qwen-edit", seed=1)
         other.transformer, other.vae = transformer, pipe.vae
         assert torch.equal(run(other, arguments), expected)
@@ -453,9 +459,7 @@ COMPILED: dict[str, Callable[[Any], None]] = {
 
 @pytest.mark.parametrize("kind", COMPILED)
 @pytest.mark.parametrize("family", ["qwen-edit-2511", "flux-kontext"])
-def test_a_compiled_transformer_runs_compiled(
-    kind: str, family: str, fresh_compiler: None
-) -> None:
+def test_a_compiled_transformer_runs_compiled(kind: str, family: str, fresh_compiler: None) -> None:
     pipe, arguments = tiny_pipeline(family), request(family)
     expected = run(pipe, arguments)
     COMPILED[kind](pipe)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ditrim.engines.backends.torch.scoring import can_use_kernel, score_with_kernel
-from ditrim.export.split import architecture_of, join_rope, paired
 from ditrim.plugins.architectures import ARCHITECTURES
 from ditrim.plugins.architectures.architecture import BlockList
-from ditrim.plugins.attention import JointContext
+from ditrim.plugins.architectures.transformers import architecture_of
+from ditrim.plugins.attention import JointContext, join_rope, paired
 
 
 @dataclass(slots=True, kw_only=True)

@@ -10,7 +10,7 @@ parallelism) would have no effect and is refused.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -18,17 +18,16 @@ from torch import Tensor
 
 from ditrim.engines.backends.torch.blocks import call_block, embed, run_blocks, streams_of
 from ditrim.engines.backends.torch.cuda_graphs import CudaGraphs
-from ditrim.engines.backends.torch.live_set import LiveEngineSet, describe, dtype_of, family_of
 from ditrim.engines.backends.torch.processors import (
     held_processors,
     hold_processors,
     release_processors,
 )
 from ditrim.engines.forking import check_not_forked
-from ditrim.export.split import blocks_of, listed_blocks, unwrapped
-from ditrim.plugins.errors import UsageError
+from ditrim.engines.sets.engine_set import EngineSet
+from ditrim.plugins.architectures.transformers import blocks_of, listed_blocks
 
-_SMALL_PIPELINE = "SmallEditPipeline"
+PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 class TorchEngines:
@@ -37,12 +36,12 @@ class TorchEngines:
     def __init__(
         self,
         transformer: Any,
-        engine_set: LiveEngineSet,
+        engine_set: EngineSet,
         *,
         compile: Literal["blocks"] | None = None,
         cuda_graphs: int = 0,
     ) -> None:
-        """Take a transformer; `torch_engines` describes and checks it.
+        """Take a transformer; `engines.build.live` describes and checks it.
 
         Args:
             transformer: of diffusers, without wrappers.
@@ -89,9 +88,7 @@ class TorchEngines:
         release_processors(self.transformer)
 
     @torch.no_grad()
-    def run(
-        self, role: str, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
-    ) -> None:
+    def run(self, role: str, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         """Run a graph; see `Engines.run`."""
         check_not_forked()
         graph = self._front if role == "front" else self._back
@@ -127,9 +124,7 @@ class TorchEngines:
         if streams.reference_temb is not None:
             outputs["reference_temb"].copy_(streams.reference_temb)
 
-    def _back(
-        self, role: str, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]
-    ) -> None:
+    def _back(self, role: str, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         manifest, transformer = self.engine_set.manifest, self.transformer
         hidden = torch.cat([inputs["noisy"], inputs["reference"]], dim=1)  # (B, G + K', d)
         streams = streams_of(inputs, hidden, scored=role == "anchor")
@@ -150,63 +145,10 @@ class TorchEngines:
             outputs["influence"].copy_(torch.stack(streams.influences).sum(dim=0))
 
 
-def torch_engines(
-    pipe: Any,
-    *,
-    model: str | None = None,
-    front_depth: int | None = None,
-    layers: Sequence[int] | None = None,
-    granularity: int | None = None,
-    compile: Literal["blocks"] | None = None,
-    cuda_graphs: int = 0,
-) -> TorchEngines:
-    """Run a pipeline's own transformer reduced, without a build.
-
-    Args:
-        pipe: a diffusers pipeline, or a transformer by itself.
-        model: the family's name where the pipeline does not tell it; see `build-engine --model`.
-        front_depth: K, the first layers that always see the full context (ToPi App. B); the
-            family's by default, scaled to the transformer's depth.
-        layers: L, the layers whose attention is scored (ToPi App. C.3); the family's by default.
-        granularity: kept counts are rounded up to a multiple of it by keeping the next-ranked
-            tokens. By default 1, and with `compile` or `cuda_graphs` what leaves at most 64 counts.
-        compile: "blocks" compiles each kind of block once, for every length.
-        cuda_graphs: how many CUDA graphs to keep, one for each role and shape; 0 for none.
-
-    Raises:
-        UsageError: the transformer is of no known family, or K, L or the granularity do not fit.
-    """
-    if compile not in (None, "blocks"):
-        raise UsageError(f"compile={compile!r}; give 'blocks', or leave it out")
-    if cuda_graphs < 0:
-        raise UsageError(f"cuda_graphs={cuda_graphs} must not be negative")
-    given = pipe.transformer if hasattr(pipe, "transformer") else pipe
-    if given is None:
-        raise UsageError(
-            "the pipeline was loaded without its transformer, which the torch backend runs: load "
-            "it with one, or attach an engine set"
-        )
-    transformer = unwrapped(given)
-    if compile is None and (given is not transformer or _is_compiled(transformer)):
-        compile = "blocks"  # as a transformer that is compiled as a whole was meant
-    name = type(pipe).__name__ if pipe is not given else None
-    is_small = name == _SMALL_PIPELINE
-    family = family_of(transformer, name, model)
-    engine_set = describe(
-        transformer,
-        family=family,
-        pipeline_class=family.pipeline_class,
-        is_small=is_small,
-        front_depth=front_depth,
-        layers=None if layers is None else tuple(layers),
-        few_lengths=compile is not None or cuda_graphs > 0,
-        granularity=granularity,
-    )
-    return TorchEngines(transformer, engine_set, compile=compile, cuda_graphs=cuda_graphs)
-
-
-def _is_compiled(transformer: Any) -> bool:
-    return getattr(transformer, "_compiled_call_impl", None) is not None
+def dtype_of(transformer: Any) -> torch.dtype:
+    """What a transformer computes in; quantised ones say it of what is not quantised."""
+    dtype = transformer.dtype
+    return dtype if dtype in PRECISIONS else torch.bfloat16
 
 
 def execution_device(transformer: Any) -> torch.device:

@@ -20,7 +20,7 @@ from typing import Any
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
-from ditrim.export.split import blocks_of
+from ditrim.plugins.architectures.transformers import blocks_of
 from ditrim.plugins.attention import JointContext
 from ditrim.plugins.errors import UsageError
 
@@ -78,7 +78,8 @@ def _check(processor: Any, layer: int) -> None:
 
 
 def _live(processor: Any) -> Any:
-    live = object.__new__(_live_class(type(processor)))
+    kind: Any = type(processor)
+    live = object.__new__(_live_class(kind))
     live.__dict__ = processor.__dict__
     live._stands_for = processor
     return live
@@ -117,6 +118,7 @@ def _live_class(base: Any) -> type[Any]:
         context.attention = functools.partial(
             _attend, self._attention_backend, self._parallel_config
         )
+        assert context.processor is not None
         return context.processor(attn, hidden, text, image_rotary_emb=context)
 
     call.__signature__ = inspect.signature(base.__call__)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Scoring where torch runs: the project's Triton kernel on NVIDIA GPUs, bounded blocks elsewhere."""
+"""Scoring for torch: the project's Triton kernel on NVIDIA GPUs, bounded blocks elsewhere."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 
+from ditrim.engines.backends.torch.engines import PRECISIONS, dtype_of
 from ditrim.engines.build.options import BuildOptions
 from ditrim.engines.build.source import Source, choose_split, read_calibration, small_editor_folder
 from ditrim.engines.sets.engine_set import EngineSet
@@ -18,15 +19,14 @@ from ditrim.engines.sets.ladder import Ladder
 from ditrim.engines.sets.manifest import FORMAT_VERSION, GraphSpec, Manifest
 from ditrim.engines.sets.specs import Limits, TensorSpec
 from ditrim.export.family import FAMILIES, Family
-from ditrim.export.split import architecture_of
 from ditrim.plugins.architectures import ARCHITECTURES
+from ditrim.plugins.architectures.transformers import architecture_of
 from ditrim.plugins.errors import UsageError
 
 # A length is a fact here, not something that was built: these only catch slips of the finger.
 _MOST_BATCH = 1 << 10
 _MOST_NOISY = _MOST_REFERENCE = 1 << 18
 _MOST_TEXT = 1 << 16
-PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -151,12 +151,6 @@ def describe(
             created="",
         ),
     )
-
-
-def dtype_of(transformer: Any) -> torch.dtype:
-    """What a transformer computes in; quantised ones say it of what is not quantised."""
-    dtype = transformer.dtype
-    return dtype if dtype in PRECISIONS else torch.bfloat16
 
 
 def _open_ended(ladder: Ladder) -> Ladder:
