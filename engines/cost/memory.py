@@ -75,7 +75,10 @@ def activation_bytes(
     if num_rows and backend == "tensorrt-rtx":
         # A block of rows at a time and a layer after the other: only what a layer hands over
         # comes on top for the others.
-        peak += stream.logits * heads * _rtx_block_rows(num_rows) * keys * element
+        over_keys, over_rows = stream.logits
+        logits = over_keys * _rtx_block_rows(num_rows) * keys
+        logits += over_rows * size.num_reference / _num_rtx_blocks(num_rows) * num_rows
+        peak += logits * heads * element
         peak += hidden * keys if num_scored > 1 else 0
     elif num_rows:
         block_rows = 0
@@ -89,8 +92,14 @@ def scoring_code_bytes(backend: str, num_rows: int) -> int:
     """What a scored layer adds to a plan for each profile, where up to so many rows are scored."""
     if backend != "tensorrt-rtx":
         return _PLUGIN_CODE
-    blocks = min(max(-(-num_rows // _RTX_BLOCK_ROWS), _RTX_LEAST_BLOCKS), _RTX_MOST_BLOCKS)
-    return _SCORING_CODE + _BLOCK_CODE * (blocks if num_rows > _RTX_BLOCK_ROWS else 1)
+    return _SCORING_CODE + _BLOCK_CODE * _num_rtx_blocks(num_rows)
+
+
+def _num_rtx_blocks(rows: int) -> int:
+    """`tensorrt_graph.num_row_blocks`."""
+    if rows <= _RTX_BLOCK_ROWS:
+        return 1
+    return min(max(-(-rows // _RTX_BLOCK_ROWS), _RTX_LEAST_BLOCKS), _RTX_MOST_BLOCKS)
 
 
 def _rtx_block_rows(rows: int) -> int:
