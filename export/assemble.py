@@ -23,7 +23,6 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from ditrim.export.attention import JointContext
 from ditrim.export.family import Family
 from ditrim.export.graph import (
     back_input_names,
@@ -45,6 +44,8 @@ from ditrim.export.weights import (
     index_weights,
     num_bytes_to_copy,
 )
+from ditrim.plugins.architectures import ARCHITECTURES
+from ditrim.plugins.attention import JointContext
 from ditrim.plugins.log_sum_exp import DOMAIN, OP_VERSION
 
 __all__ = [
@@ -115,8 +116,8 @@ class _CallNode(nn.Module):
         encoder_hidden_states: Tensor,
         temb: Tensor,
         image_rotary_emb: JointContext,
-        encoder_hidden_states_mask: None = None,
         modulate_index: Tensor | None = None,
+        **_: None,
     ) -> tuple[Tensor, Tensor]:
         context, hidden, text = image_rotary_emb, hidden_states, encoder_hidden_states
         inputs = [hidden, text, temb, context.rope_cos, context.rope_sin]
@@ -170,9 +171,10 @@ class _LiftedGraph(nn.Module):
 class _LiftedBlock(nn.Module):
     """A block that takes its weights as an argument."""
 
-    def __init__(self, block: nn.Module, kind: _Kind) -> None:
+    def __init__(self, block: nn.Module, kind: _Kind, architecture: str) -> None:
         super().__init__()
         self._block, self.kind = (block,), kind
+        self._arguments = ARCHITECTURES[architecture].block_arguments
 
     def forward(
         self,
@@ -194,14 +196,7 @@ class _LiftedBlock(nn.Module):
             score_rows=score_rows,
             as_onnx_node=True,
         )
-        arguments: dict[str, Any] = {
-            "hidden_states": hidden,
-            "encoder_hidden_states": text,
-            "temb": temb,
-            "image_rotary_emb": context,
-        }
-        if self.kind.block.startswith("Qwen"):
-            arguments |= {"encoder_hidden_states_mask": None, "modulate_index": is_reference}
+        arguments = self._arguments(hidden, text, temb, context, is_reference)
         text, hidden = torch.func.functional_call(self._block[0], weights, kwargs=arguments)
         scores = [*context.influences, *context.details]
         return (hidden, *scores) if self.kind.is_last else (hidden, text, *scores)
@@ -285,8 +280,7 @@ def assemble_graph(
         traced: dict[_Kind, _TracedKind] = {}
         for layer, kind in kinds.items():
             if kind not in traced:
-                key, is_paired = (*model_key, kind), graph.has_reference_temb
-                traced[kind] = _traced_once(key, blocks[layer], kind, inputs, is_paired)
+                traced[kind] = _traced_once((*model_key, kind), blocks[layer], kind, inputs, graph)
         graph.blocks = nn.ModuleList(_CallNode(kind, layer) for layer, kind in kinds.items())
         model = _trace_around(graph, inputs, names, output_names)
     linker = WeightLinker(model.graph, weights, _ELEMENTS[dtype])
@@ -312,13 +306,13 @@ def _traced_once(
     block: nn.Module,
     kind: _Kind,
     inputs: Mapping[str, Tensor],
-    is_paired: bool,
+    graph: FrontGraph | BackGraph,
 ) -> _TracedKind:
     """`_trace_block`, or what it returned when this process called it with this key before."""
     if key not in _TRACED:
         while len(_TRACED) >= _TRACED_LIMIT:
             del _TRACED[next(iter(_TRACED))]
-        _TRACED[key] = _trace_block(block, kind, inputs, is_paired)
+        _TRACED[key] = _trace_block(block, kind, inputs, graph)
     return _TRACED[key]
 
 
@@ -352,7 +346,7 @@ def _trace_around(
 
 
 def _trace_block(
-    block: nn.Module, kind: _Kind, inputs: Mapping[str, Tensor], is_paired: bool
+    block: nn.Module, kind: _Kind, inputs: Mapping[str, Tensor], graph: FrontGraph | BackGraph
 ) -> _TracedKind:
     """Trace one block as a function of its tensors and its weights.
 
@@ -360,8 +354,9 @@ def _trace_block(
         block: with this package's attention processor.
         kind: what it is.
         inputs: example tensors of the graphs.
-        is_paired: whether time embeddings come as (B, 2, d), see `modulate_pair`.
+        graph: that it is of.
     """
+    is_paired = graph.has_reference_temb  # time embeddings come as (B, 2, d), see `run_blocks`
     noisy, reference, text = inputs["noisy"], inputs["reference"], inputs["text"]
     hidden = torch.cat([noisy, reference], dim=1)
     length, temb = hidden.shape[1] + text.shape[1], inputs["temb"]
@@ -387,7 +382,7 @@ def _trace_block(
     text_outputs = [] if kind.is_last else ["text_out"]
     outputs = ["hidden_out", *text_outputs, *_SCORE_OUTPUTS[kind.role]]
     model = trace_module(
-        _LiftedBlock(block, kind),
+        _LiftedBlock(block, kind, graph.architecture),
         {**tensors, "weights": weights},
         {**dynamic, "weights": dict.fromkeys(weights)},
         [*names, *weights],

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditrim.export.attention import JointContext
 from ditrim.export.split import architecture_of, blocks_of, processors_installed
+from ditrim.plugins.architectures import ARCHITECTURES
+from ditrim.plugins.architectures.architecture import call_places
+from ditrim.plugins.attention import JointContext
 from ditrim.plugins.errors import UsageError
 
 
@@ -46,7 +48,7 @@ def sensitivity_recorded(transformer: Any) -> Iterator[SensitivityRecorder]:
         UsageError: (in a call) a batch with masked text, which cannot be measured.
     """
     recorder = SensitivityRecorder()
-    is_flux = architecture_of(transformer) == "flux"
+    architecture = ARCHITECTURES[architecture_of(transformer)]
     blocks = blocks_of(transformer)
     geometry: dict[str, int] = {}
     sensitivities: list[Tensor] = []
@@ -55,14 +57,9 @@ def sensitivity_recorded(transformer: Any) -> Iterator[SensitivityRecorder]:
     def before_call(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if args:
             raise UsageError("the transformer must be called with keyword arguments")
-        if is_flux:
-            ids = kwargs["img_ids"]
-            ids = ids[0] if ids.dim() == 3 else ids
-            geometry["num_noisy"] = int((ids[:, 0] == 0).sum())
-        else:
-            frames, height, width = kwargs["img_shapes"][0][0]
-            geometry["num_noisy"] = frames * height * width
-        geometry["num_text"] = kwargs["encoder_hidden_states"].shape[1]
+        num_text = kwargs["encoder_hidden_states"].shape[1]
+        places = call_places(architecture, kwargs, kwargs["hidden_states"].shape[1], num_text)
+        geometry.update(num_noisy=places.num_noisy, num_text=num_text)
         sensitivities.clear()
 
     def before_block(
@@ -76,7 +73,7 @@ def sensitivity_recorded(transformer: Any) -> Iterator[SensitivityRecorder]:
             )
         if "encoder_hidden_states_mask" in kwargs:
             kwargs["encoder_hidden_states_mask"] = None
-        cos, sin = _joint_rope(kwargs["image_rotary_emb"], is_flux)
+        cos, sin = architecture.joint_rope(kwargs["image_rotary_emb"])
         batch = kwargs["hidden_states"].shape[0]
         kwargs["image_rotary_emb"] = JointContext(
             rope_cos=cos.expand(batch, -1, -1),
@@ -106,15 +103,6 @@ def sensitivity_recorded(transformer: Any) -> Iterator[SensitivityRecorder]:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _joint_rope(rope: Any, is_flux: bool) -> tuple[Tensor, Tensor]:
-    """diffusers' RoPE of a call as (1, N, D/2) float32 cosines and sines, text first."""
-    if is_flux:  # (N, D) each, every value twice
-        return rope[0][None, :, ::2].float(), rope[1][None, :, ::2].float()
-    image, text = rope  # complex (L, D/2)
-    joint = torch.cat([text, image])[None]
-    return joint.real.float(), joint.imag.float()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ditrim.export.family import FAMILIES, Family
+from ditrim.plugins.architectures import ARCHITECTURES
 from ditrim.plugins.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,6 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Keys that tell one family from another in config.json; absent means false.
 _TELLING_KEYS = ("zero_cond_t", "guidance_embeds")
-_LAYERED_KEYS = ("use_additional_t_cond", "use_layer3d_rope")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,12 +242,9 @@ def check_config(family: Family, config: Mapping[str, Any], where: str) -> None:
             f"{where}: key 'quantization_config' says that the weights are quantised; pass the "
             "original ones in float32, bfloat16 or float16"
         )
-    for key in _LAYERED_KEYS:
-        if config.get(key):
-            raise CheckpointError(
-                f"{where}: key {key!r} is true: this is a layered Qwen-Image transformer, which "
-                "is not an in-context editor and is not supported"
-            )
+    reason = ARCHITECTURES[family.architecture].refusal(config)
+    if reason is not None:
+        raise CheckpointError(f"{where}: {reason}")
     for key in _TELLING_KEYS:
         found, expected = bool(config.get(key)), bool(family.config.get(key))
         if found == expected:
@@ -262,10 +259,4 @@ def check_config(family: Family, config: Mapping[str, Any], where: str) -> None:
         raise CheckpointError(
             f"{where}: key {key!r} is {str(found).lower()}, and {family.name} has "
             f"{str(expected).lower()}; {hint}"
-        )
-    inputs, outputs = config.get("in_channels", 64), config.get("out_channels")
-    if family.architecture == "flux" and outputs is not None and inputs != outputs:
-        raise CheckpointError(
-            f"{where}: key 'in_channels' is {inputs} and 'out_channels' {outputs}: this FLUX "
-            "takes its condition as channels, not in context, and has no reference tokens to trim"
         )

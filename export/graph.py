@@ -48,9 +48,7 @@ _ROPE = tuple(name for name in _AXES if "_rope_" in name)
 
 def front_input_names(graph: FrontGraph) -> list[str]:
     """Inputs of FRONT in order; see `docs/guide/engine-set.md` for shapes and dtypes."""
-    names = ["noisy_latents", "reference_latents", "text_embeds", "timestep"]
-    if graph.architecture == "flux":
-        names += ["guidance"] * graph.has_guidance + ["pooled_text"]
+    names = ["noisy_latents", "reference_latents", "text_embeds", "timestep", *graph.front_inputs]
     return names + list(_ROPE) * (len(graph.blocks) > 0)
 
 

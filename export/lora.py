@@ -18,10 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ditrim.export.checkpoint import is_hub_id
+from ditrim.plugins.architectures import ARCHITECTURES
 from ditrim.plugins.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ditrim.plugins.architectures.architecture import OriginalNames
 
 _PREFIXES = (
     "base_model.model.",
@@ -240,60 +243,28 @@ def _targets(
         for name, shape in shapes.items()
         if name.endswith(".weight") and len(shape) == 2
     }
-    if architecture == "flux":
-        parts = dict(_original_flux_names(parts, shapes)) | parts
+    original = ARCHITECTURES[architecture].original_names
+    if original is not None:
+        parts = dict(_original_modules(original, parts, shapes)) | parts
     return {name.replace(".", "_"): part for name, part in parts.items()} | parts
 
 
-_FLUX_TOP = {
-    "img_in": "x_embedder",
-    "txt_in": "context_embedder",
-    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
-    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
-    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
-    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
-    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
-    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
-    "final_layer.linear": "proj_out",
-}
-_FLUX_DOUBLE = {
-    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    "img_attn.proj": ("attn.to_out.0",),
-    "txt_attn.proj": ("attn.to_add_out",),
-    "img_mlp.0": ("ff.net.0.proj",),
-    "img_mlp.2": ("ff.net.2",),
-    "txt_mlp.0": ("ff_context.net.0.proj",),
-    "txt_mlp.2": ("ff_context.net.2",),
-    "img_mod.lin": ("norm1.linear",),
-    "txt_mod.lin": ("norm1_context.linear",),
-}
-_FLUX_SINGLE = {
-    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
-    "linear2": ("proj_out",),
-    "modulation.lin": ("norm.linear",),
-}
-
-
-def _original_flux_names(
-    modules: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]]
+def _original_modules(
+    names: OriginalNames, modules: Mapping[str, object], shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, tuple[_Part, ...]]]:
-    """Modules of the original FLUX code and the weights of diffusers' model that they became."""
-    for old, new in _FLUX_TOP.items():
+    """Modules of a model's own code and the weights of diffusers' model that they became."""
+    for old, new in names.top.items():
         if new in modules:
             yield old, (_Part(weight=f"{new}.weight"),)
-    if "norm_out.linear" in modules:  # diffusers keeps scale before shift
-        half = shapes["norm_out.linear.weight"][0] // 2
-        swapped = _Part(weight="norm_out.linear.weight", rows=((half, 2 * half), (0, half)))
-        yield "final_layer.adaLN_modulation.1", (swapped,)
-    for kind, block, table in (
-        ("double_blocks", "transformer_blocks", _FLUX_DOUBLE),
-        ("single_blocks", "single_transformer_blocks", _FLUX_SINGLE),
-    ):
+    old, new = names.swapped
+    if new in modules:
+        half = shapes[f"{new}.weight"][0] // 2
+        yield old, (_Part(weight=f"{new}.weight", rows=((half, 2 * half), (0, half))),)
+    for kind, block, table in names.blocks:
         numbers = {name.split(".")[1] for name in modules if name.startswith(f"{block}.")}
         for number in sorted(numbers, key=int):
-            for old, names in table.items():
-                weights = [f"{block}.{number}.{name}.weight" for name in names]
+            for old, parts in table.items():
+                weights = [f"{block}.{number}.{part}.weight" for part in parts]
                 yield f"{kind}.{number}.{old}", tuple(_stacked(weights, shapes))
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ditrim.export.checkpoint import Checkpoint, find_checkpoint
 from ditrim.export.family import Family
 from ditrim.export.tensor_header import TensorPlace, read_header
+from ditrim.plugins.architectures import ARCHITECTURES
 from ditrim.plugins.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -78,10 +79,9 @@ def describe_single_file(path: Path, family: Family) -> Checkpoint:
             f"checkpoint {path} holds tensors twice, with and without {_PREFIX!r}; pass the "
             "transformer's own file"
         )
-    config = (_qwen_config if family.architecture == "qwen" else _flux_config)(shapes, path, family)
     return Checkpoint(
         folder=path.parent,
-        config={**config, "_class_name": family.transformer_class},
+        config={**_config_of(shapes, path, family), "_class_name": family.transformer_class},
         weights=(path.name,),
     )
 
@@ -111,13 +111,15 @@ def _heads(width: int, head_dim: int, path: Path) -> dict[str, int]:
     return {"attention_head_dim": head_dim, "num_attention_heads": width // head_dim}
 
 
-def _qwen_config(
-    shapes: Mapping[str, tuple[int, ...]], path: Path, family: Family
-) -> dict[str, Any]:
-    width = _size(shapes, "img_in.weight", 0, path)
-    head_dim = _size(shapes, "transformer_blocks.0.attn.norm_q.weight", 0, path)
-    is_marked, is_expected = _ZERO_TIME in shapes, bool(family.config.get("zero_cond_t"))
-    if is_marked and not is_expected:
+def _config_of(shapes: Mapping[str, tuple[int, ...]], path: Path, family: Family) -> dict[str, Any]:
+    names = ARCHITECTURES[family.architecture].single_file
+    if names is None:
+        raise CheckpointError(
+            f"checkpoint {path} is one file, which {family.name} is not converted from; pass a "
+            "folder in the diffusers layout"
+        )
+    width, head_dim = (_size(shapes, *place, path) for place in (names.width, names.head_dim))
+    if _ZERO_TIME in shapes and not family.config.get("zero_cond_t"):
         raise CheckpointError(
             f"checkpoint {path} is marked as Qwen-Image-Edit-2511 ({_ZERO_TIME}); use --model "
             "qwen-edit-2511"
@@ -125,26 +127,12 @@ def _qwen_config(
     return {
         **family.config,
         **_heads(width, head_dim, path),
-        "num_layers": _count(shapes, "transformer_blocks"),
-        "in_channels": _size(shapes, "img_in.weight", 1, path),
-        "out_channels": _size(shapes, "proj_out.weight", 0, path) // 4,
-        "joint_attention_dim": _size(shapes, "txt_in.weight", 1, path),
-    }
-
-
-def _flux_config(
-    shapes: Mapping[str, tuple[int, ...]], path: Path, family: Family
-) -> dict[str, Any]:
-    width = _size(shapes, "img_in.weight", 0, path)
-    head_dim = _size(shapes, "double_blocks.0.img_attn.norm.query_norm.scale", 0, path)
-    return {
-        **_heads(width, head_dim, path),
-        "num_layers": _count(shapes, "double_blocks"),
-        "num_single_layers": _count(shapes, "single_blocks"),
-        "in_channels": _size(shapes, "img_in.weight", 1, path),
-        "joint_attention_dim": _size(shapes, "txt_in.weight", 1, path),
-        "pooled_projection_dim": _size(shapes, "vector_in.in_layer.weight", 1, path),
-        "guidance_embeds": "guidance_in.in_layer.weight" in shapes,
+        **{key: _count(shapes, prefix) for key, prefix in names.depths.items()},
+        **{
+            key: _size(shapes, tensor, axis, path) // divisor
+            for key, (tensor, axis, divisor) in names.sizes.items()
+        },
+        **{key: tensor in shapes for key, tensor in names.flags.items()},
     }
 
 

@@ -5,25 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ditrim.export.attention import FluxProcessor, JointContext, QwenProcessor
-from ditrim.export.last_block import noisy_forward
+from ditrim.plugins.architectures import ARCHITECTURES
+from ditrim.plugins.architectures.architecture import BlockList
+from ditrim.plugins.attention import JointContext
 from ditrim.plugins.errors import UsageError
 
-PROCESSORS = {"qwen": QwenProcessor, "flux": FluxProcessor}
+_ABSENT = object()
 
 
 def architecture_of(transformer: nn.Module) -> str:
-    """ "qwen" or "flux".
+    """The name of a transformer's architecture in `ARCHITECTURES`.
 
     Raises:
-        UsageError: the transformer is of another class.
+        UsageError: the transformer is of no class that is known.
     """
-    known = {"QwenImageTransformer2DModel": "qwen", "FluxTransformer2DModel": "flux"}
+    known = {value.transformer_class: name for name, value in ARCHITECTURES.items()}
     for base in type(transformer).__mro__:
         if base.__name__ in known:
             return known[base.__name__]
@@ -48,11 +50,12 @@ def unwrapped(transformer: Any) -> Any:
 
 def blocks_of(transformer: Any) -> list[nn.Module]:
     """Blocks in the order of ToPi's layer indices: FLUX counts double-stream blocks first."""
-    architecture = architecture_of(transformer)
-    blocks = list(transformer.transformer_blocks)
-    if architecture == "flux":
-        blocks += list(transformer.single_transformer_blocks)
-    return blocks
+    return [block for _, block in _listed_blocks(transformer)]
+
+
+def _listed_blocks(transformer: Any) -> list[tuple[BlockList, nn.Module]]:
+    lists = ARCHITECTURES[architecture_of(transformer)].blocks
+    return [(blocks, block) for blocks in lists for block in getattr(transformer, blocks.name)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,53 +121,36 @@ def processors_installed(
         transformer: a diffusers transformer.
         roles: layer index -> "score", "detail" or "measure"; the others are "plain".
         pairs_modulation: `run_blocks` calls the blocks: let those with `zero_cond_t` take time
-            embeddings as it stacks them, and the last give its noisy rows alone; false where
-            diffusers' own forward calls them.
+            embeddings as it stacks them, and the last give its noisy rows alone, which is exact:
+            its other tokens are keys and values and nobody reads what they become; false where
+            diffusers' own forward calls the blocks.
     """
-    make = PROCESSORS[architecture_of(transformer)]
+    architecture = ARCHITECTURES[architecture_of(transformer)]
     blocks: list[Any] = blocks_of(transformer)
     before = [block.attn.processor for block in blocks]
-    paired = [b for b in blocks if pairs_modulation and getattr(b, "zero_cond_t", False)]
-    noisy_only = blocks[-1:] if pairs_modulation else []
+    changes: list[tuple[Any, str, Any]] = []
+    if pairs_modulation:
+        last_list, last = _listed_blocks(transformer)[-1]
+        changes.append((last, "forward", partial(last_list.noisy_forward, last)))
+        for block in blocks:
+            changes += [(block, *item) for item in architecture.block_changes(block).items()]
+    own = [vars(block).get(name, _ABSENT) for block, name, _ in changes]
     try:
         for layer, block in enumerate(blocks):
             role = (roles or {}).get(layer, "plain")
-            block.attn.processor = make(role, has_noisy_queries=block in noisy_only)
-        for block in noisy_only:
-            block.forward = noisy_forward(block)
-        for block in paired:
-            block.zero_cond_t, block._modulate = False, modulate_pair
+            is_last = pairs_modulation and block is blocks[-1]
+            block.attn.processor = architecture.processor(role, has_noisy_queries=is_last)
+        for block, name, value in changes:
+            setattr(block, name, value)
         yield
     finally:
         for block, processor in zip(blocks, before, strict=True):
             block.attn.processor = processor
-        for block in noisy_only:
-            del block.forward
-        for block in paired:
-            block.zero_cond_t = True
-            del block._modulate
-
-
-def modulate_pair(
-    x: Tensor, mod_params: Tensor, index: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """`_modulate` of a block with `zero_cond_t`, for time embeddings stacked as (B, 2, d).
-
-    diffusers stacks the two along the batch and splits a batch of unknown size again, which has no
-    plain ONNX form.
-
-    Args:
-        x: (B, L, d).
-        mod_params: (B, 2, 3 d) shift, scale and gate at [t, 0].
-        index: (L, 1) bool, whether a token is modulated as at t = 0; none means that none is.
-
-    Returns:
-        the modulated x, and the gates (B, L or 1, d).
-    """
-    at_t, at_zero = mod_params[:, :1], mod_params[:, 1:]  # (B, 1, 3 d)
-    chosen = at_t if index is None else torch.where(index, at_zero, at_t)
-    shift, scale, gate = chosen.chunk(3, dim=-1)
-    return x * (1 + scale) + shift, gate
+        for (block, name, _), value in zip(changes, own, strict=True):
+            if value is _ABSENT:
+                vars(block).pop(name, None)
+            else:
+                setattr(block, name, value)
 
 
 def run_blocks(
@@ -186,29 +172,14 @@ def run_blocks(
     Returns:
         hidden, text.
     """
-    if architecture == "flux":
-        for block in blocks:
-            text, hidden = block(
-                hidden_states=hidden,
-                encoder_hidden_states=text,
-                temb=temb,
-                image_rotary_emb=context,
-            )
-        return hidden, text
     is_reference = None
-    if reference_temb is not None:  # see modulate_pair
+    if reference_temb is not None:
         temb = torch.stack([temb, reference_temb], dim=1)
         positions = torch.arange(hidden.shape[1], device=hidden.device)
         is_reference = (positions >= context.num_noisy)[:, None]
+    arguments = ARCHITECTURES[architecture].block_arguments
     for block in blocks:
-        text, hidden = block(
-            hidden_states=hidden,
-            encoder_hidden_states=text,
-            encoder_hidden_states_mask=None,
-            temb=temb,
-            image_rotary_emb=context,
-            modulate_index=is_reference,
-        )
+        text, hidden = block(**arguments(hidden, text, temb, context, is_reference))
     return hidden, text
 
 
@@ -225,15 +196,12 @@ class _Graph(nn.Module):
         super().__init__()
         self.architecture = architecture_of(transformer)
         self.as_onnx_node = as_onnx_node
-        self.has_reference_temb = bool(getattr(transformer, "zero_cond_t", False))
-        self.has_guidance = bool(transformer.config.guidance_embeds)
-        if getattr(transformer.config, "use_additional_t_cond", False) or getattr(
-            transformer.config, "use_layer3d_rope", False
-        ):
-            raise UsageError(
-                "this is a layered Qwen-Image transformer (use_additional_t_cond or "
-                "use_layer3d_rope), which is not an in-context editor and is not supported"
-            )
+        architecture, config = ARCHITECTURES[self.architecture], transformer.config
+        self.has_reference_temb = architecture.has_reference_temb(config)
+        self.front_inputs = architecture.front_inputs(config)
+        reason = architecture.refusal(config)
+        if reason is not None:
+            raise UsageError(f"this transformer cannot be split: {reason}")
 
     def _context(self, rope: tuple[Tensor, ...], num_text: int, num_noisy: int) -> JointContext:
         noisy_cos, noisy_sin, text_cos, text_sin, reference_cos, reference_sin = rope
@@ -254,14 +222,8 @@ class FrontGraph(_Graph):
 
     def __init__(self, transformer: Any, point: SplitPoint, *, as_onnx_node: bool = False) -> None:
         super().__init__(transformer, as_onnx_node=as_onnx_node)
-        self.time_text_embed = transformer.time_text_embed
-        if self.architecture == "qwen":
-            self.txt_norm = transformer.txt_norm
-            self.txt_in = transformer.txt_in
-            self.img_in = transformer.img_in
-        else:
-            self.context_embedder = transformer.context_embedder
-            self.x_embedder = transformer.x_embedder
+        for name in ARCHITECTURES[self.architecture].embeddings:
+            self.add_module(name, getattr(transformer, name))
         self.blocks = nn.ModuleList(blocks_of(transformer)[: point.front_depth])
 
     def embed(
@@ -275,20 +237,8 @@ class FrontGraph(_Graph):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Hidden states of image and text, and the time embeddings (noisy, reference)."""
         latents = torch.cat([noisy_latents, reference_latents], dim=1)  # (B, G + C, c)
-        if self.architecture == "flux":
-            # Timestep and guidance stay float32 up to the sinusoids: 1000 in bfloat16 is coarse.
-            arguments = [timestep.float() * 1000]
-            if guidance is not None:
-                arguments.append(guidance.float() * 1000)
-            temb = self.time_text_embed(*arguments, pooled_text)
-            return self.x_embedder(latents), self.context_embedder(text_embeds), temb, None
-        hidden = self.img_in(latents)
-        text = self.txt_in(self.txt_norm(text_embeds))
-        temb = self.time_text_embed(timestep.float(), hidden)
-        reference_temb = None
-        if self.has_reference_temb:
-            reference_temb = self.time_text_embed(timestep.float() * 0, hidden)
-        return hidden, text, temb, reference_temb
+        embed = ARCHITECTURES[self.architecture].embed
+        return embed(self, latents, text_embeds, timestep, guidance, pooled_text)
 
     def forward(
         self,

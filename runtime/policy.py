@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ditrim.plugins.errors import UsageError
-from ditrim.runtime.geometry import TokenGrid
+from ditrim.plugins.layout import TokenGrid
 
 if TYPE_CHECKING:
     from torch import Tensor

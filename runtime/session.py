@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from ditrim.engines.load import load_engines
+from ditrim.plugins.architectures import ARCHITECTURES
 from ditrim.plugins.errors import UsageError
+from ditrim.plugins.layout import Layout
 from ditrim.runtime.caches.step_cache import Cache
 from ditrim.runtime.denoising.denoiser import Denoiser
 from ditrim.runtime.denoising.inputs import ModelInputs
-from ditrim.runtime.denoising.rope import RopeTables, flux_ids, flux_rope, qwen_rope
+from ditrim.runtime.denoising.rope import rope_for
 from ditrim.runtime.denoising.state import RequestState
-from ditrim.runtime.geometry import Grid
 from ditrim.runtime.policies.topi import ToPi
 from ditrim.runtime.policy import Policy
 from ditrim.runtime.report import RunReport, StepRecord
@@ -102,7 +103,7 @@ class EditSession:
         )
         manifest = self._denoiser.engines.engine_set.manifest
         self._request = self._denoiser.begin()
-        self._is_flux = manifest.architecture == "flux"
+        self._architecture = ARCHITECTURES[manifest.architecture]
         self._axes = tuple(manifest.transformer_config["axes_dims_rope"])
 
     @property
@@ -152,7 +153,7 @@ class EditSession:
             UsageError, LadderError: when the first step is asked for at the latest.
         """
         levels = _checked_sigmas(sigmas)
-        grids = _checked_grids(noisy, noisy_grid, references, reference_grids)
+        layout = _checked_layout(noisy, noisy_grid, references, reference_grids)
         branches = {"cond": (text_embeds, text_mask, pooled_text)}
         if true_cfg_scale != 1.0:
             if negative_text_embeds is None:
@@ -174,7 +175,7 @@ class EditSession:
             latents, start = resume.latents.float(), resume.index
             request.restore(resume.request)
         return self._steps(
-            latents, start, levels, grids, reference, branches, true_cfg_scale, guidance
+            latents, start, levels, layout, reference, branches, true_cfg_scale, guidance
         )
 
     def _steps(
@@ -182,7 +183,7 @@ class EditSession:
         latents: Tensor,
         start: int,
         levels: list[float],
-        grids: list[Grid],
+        layout: Layout,
         reference: Tensor,
         branches: dict[str, tuple[Tensor, Tensor | None, Tensor | None]],
         true_cfg_scale: float,
@@ -212,16 +213,24 @@ class EditSession:
                         text_mask=mask,
                         timestep=torch.full((batch,), sigma),
                         time=sigma,
-                        grids=tuple(grid[1:] for grid in grids),
+                        layout=layout,
                         guidance=None if guidance is None else torch.full((batch,), guidance),
                         pooled_text=pooled,
-                        rope_key=(tuple(grids), num_text),
-                        make_rope=functools.partial(self._rope, grids, num_text),
+                        rope_key=(layout, num_text),
+                        make_rope=functools.partial(
+                            rope_for,
+                            self._architecture.name,
+                            layout,
+                            num_text,
+                            self._axes,
+                            self._denoiser.engines.device,
+                        ),
                     ),
                 ).float()
             velocity = velocities["cond"]
             if "uncond" in velocities:
-                velocity = self._guided(velocity, velocities["uncond"], true_cfg_scale)
+                guided = self._architecture.guided
+                velocity = guided(velocity, velocities["uncond"], true_cfg_scale)
             velocity = velocity.to(latents.device)
             changed = request.end_step(latents, velocity, sigma, next_sigma)
             latents = latents + (next_sigma - sigma) * velocity if changed is None else changed
@@ -238,48 +247,33 @@ class EditSession:
                 ),
             )
 
-    def _guided(self, cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
-        """True classifier-free guidance as each model's pipeline does it: Qwen keeps the norm."""
-        guided = uncond + scale * (cond - uncond)
-        if self._is_flux:
-            return guided
-        return guided * (cond.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
 
-    def _rope(self, grids: list[Grid], num_text: int) -> RopeTables:
-        device = self._denoiser.engines.device
-        if not self._is_flux:
-            return qwen_rope(grids, num_text, self._axes, device)
-        num_noisy = grids[0][1] * grids[0][2]
-        text_ids = torch.zeros(num_text, 3, dtype=torch.int64)
-        return flux_rope(flux_ids(grids), text_ids, num_noisy, self._axes, device)
-
-
-def _checked_grids(
+def _checked_layout(
     noisy: Tensor,
     noisy_grid: tuple[int, int],
     references: Sequence[Tensor],
     reference_grids: Sequence[tuple[int, int]],
-) -> list[Grid]:
-    """The grids of the picture and of its references, whose tensors fit them and each other."""
+) -> Layout:
+    """The picture and its references, whose tensors fit their grids and each other."""
     if len(references) != len(reference_grids) or not references:
         raise UsageError(
             f"{len(references)} references with {len(reference_grids)} grids; give at least "
             "one reference and a (height, width) for each"
         )
-    grids: list[Grid] = [(1, *noisy_grid), *((1, *grid) for grid in reference_grids)]
+    layout = Layout((*noisy_grid,), tuple((*grid,) for grid in reference_grids))
     names = ["noisy", *(f"references[{i}]" for i in range(len(references)))]
-    for name, tensor, grid in zip(names, [noisy, *references], grids, strict=True):
-        if tensor.dim() != 3 or tensor.shape[1] != grid[1] * grid[2]:
+    for name, tensor, grid in zip(names, [noisy, *references], layout.grids, strict=True):
+        if tensor.dim() != 3 or tensor.shape[1] != grid[0] * grid[1]:
             raise UsageError(
-                f"{name} has shape {tuple(tensor.shape)}, but its grid {grid[1:]} needs "
-                f"(batch, {grid[1] * grid[2]}, channels)"
+                f"{name} has shape {tuple(tensor.shape)}, but its grid {grid} needs "
+                f"(batch, {grid[0] * grid[1]}, channels)"
             )
         if tensor.shape[::2] != noisy.shape[::2]:
             raise UsageError(
                 f"{name} has shape {tuple(tensor.shape)}, but its batch and channels must be those "
                 f"of noisy, {tuple(noisy.shape)}"
             )
-    return grids
+    return layout
 
 
 def _checked_sigmas(sigmas: Sequence[float]) -> list[float]:

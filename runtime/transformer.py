@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -15,13 +15,13 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
+from ditrim.plugins.architectures import ARCHITECTURES
 from ditrim.plugins.errors import UsageError
 from ditrim.runtime.denoising.denoiser import Denoiser
 from ditrim.runtime.denoising.inputs import ModelInputs
 from ditrim.runtime.denoising.request import Request
-from ditrim.runtime.denoising.rope import flux_rope, qwen_rope
+from ditrim.runtime.denoising.rope import RopeTables, rope_at
 from ditrim.runtime.denoising.unchanged import Unchanged
-from ditrim.runtime.geometry import Grid, TokenGrid
 from ditrim.runtime.policy import FullContext
 from ditrim.runtime.report import RunReport
 
@@ -82,39 +82,9 @@ _REMEDIES = (
         "call detach())",
     ),
 )
+# Arguments that hold arguments of blocks.
+_INNER = ("attention_kwargs", "joint_attention_kwargs")
 _OTHERWISE = "detach first (leave the `with` block, or call detach())"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _FluxIds:
-    """FLUX's ids (picture, row, column), read from the device.
-
-    Attributes:
-        image, text: (G + C, 3) and (T, 3) float32.
-        num_noisy: G.
-        key: equal for equal ids.
-        grids: see `ModelInputs.grids`.
-    """
-
-    image: Tensor
-    text: Tensor
-    num_noisy: int
-    key: tuple[object, ...]
-    grids: tuple[TokenGrid, ...] | None
-
-    @classmethod
-    def read(cls, img_ids: Tensor, txt_ids: Tensor) -> _FluxIds:
-        # Pipelines make the ids in the embeddings' dtype, which can be bfloat16.
-        image = (img_ids[0] if img_ids.dim() == 3 else img_ids).float()
-        text = (txt_ids[0] if txt_ids.dim() == 3 else txt_ids).float()
-        on_cpu = image.cpu()
-        return cls(
-            image,
-            text,
-            int((on_cpu[:, 0] == 0).sum()),
-            (on_cpu.numpy().tobytes(), text.cpu().numpy().tobytes()),
-            _grids_of_ids(on_cpu),
-        )
 
 
 class OpenRequest:
@@ -128,7 +98,7 @@ class OpenRequest:
     def __init__(self, transformer: EngineTransformer) -> None:
         self.transformer = transformer
         self.branch: str | None = None
-        self.flux_ids = Unchanged(_FluxIds.read)
+        self.places = Unchanged(transformer.architecture.place)
         self._request: Request | None = None
 
     def begin(self, times: Sequence[float] | None = None) -> Request:
@@ -185,7 +155,7 @@ _OPEN: ContextVar[tuple[OpenRequest, ...]] = ContextVar("ditrim_open_requests", 
 
 
 class EngineTransformer(nn.Module):
-    """Takes the calls of `QwenImageTransformer2DModel` or `FluxTransformer2DModel`.
+    """Takes the calls of a diffusers transformer of any architecture that is known.
 
     Returns the velocity of the noisy tokens only, which is what the pipelines read. What belongs to
     a request lies in an `OpenRequest` of the thread that runs it, so threads may share a
@@ -203,7 +173,8 @@ class EngineTransformer(nn.Module):
         engines = denoiser.engines
         manifest = engines.engine_set.manifest
         self.denoiser = denoiser
-        self._architecture = manifest.architecture
+        self.architecture = ARCHITECTURES[manifest.architecture]
+        self._front_inputs = {spec.name for spec in manifest.graphs["front"].inputs}
         self._axes = tuple(manifest.transformer_config["axes_dims_rope"])
         self._internal_dict = FrozenDict(manifest.transformer_config)
         self._gradient_checkpointing_func = None
@@ -323,35 +294,21 @@ class EngineTransformer(nn.Module):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         *,
-        encoder_hidden_states_mask: Tensor | None = None,
         timestep: Tensor | None = None,
-        img_shapes: Sequence[Any] | None = None,
-        txt_seq_lens: Sequence[int] | None = None,
-        pooled_projections: Tensor | None = None,
-        img_ids: Tensor | None = None,
-        txt_ids: Tensor | None = None,
         guidance: Tensor | None = None,
-        attention_kwargs: Mapping[str, Any] | None = None,
-        joint_attention_kwargs: Mapping[str, Any] | None = None,
-        additional_t_cond: Tensor | None = None,
-        controlnet_block_samples: Sequence[Tensor] | None = None,
-        controlnet_single_block_samples: Sequence[Tensor] | None = None,
-        controlnet_blocks_repeat: bool = False,
         return_dict: bool = True,
+        **others: Any,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """One model call with the arguments of either diffusers class, by keyword.
+        """One model call with the arguments of the diffusers class, by keyword.
 
         Args:
             hidden_states: (B, G + C, c), noisy tokens first.
             encoder_hidden_states: (B, T, c_text).
-            encoder_hidden_states_mask: (B, T), Qwen only; `txt_seq_lens` is ignored, as the mask
-                or the embeddings' length say the same.
             timestep: (B,) in [0, 1].
-            img_shapes: Qwen: a batch of lists of (frames, height, width), the picture's first.
-            img_ids, txt_ids: FLUX: (G + C, 3) and (T, 3); the picture's first id is 0.
-            pooled_projections: (B, c_pool), FLUX only.
             guidance: (B,), models with guidance embeddings.
             return_dict: return an output object rather than a tuple.
+            others: what the architecture's calls say of positions, masks and pooled text
+                (`Architecture.arguments`).
 
         Returns:
             the velocity, (B, G, c_out), in the dtype of `hidden_states`.
@@ -363,56 +320,43 @@ class EngineTransformer(nn.Module):
         """
         if encoder_hidden_states is None or timestep is None:
             raise UsageError("encoder_hidden_states and timestep must be given")
-        self._refuse(
-            controlnet_block_samples=controlnet_block_samples,
-            controlnet_single_block_samples=controlnet_single_block_samples,
-            additional_t_cond=additional_t_cond,
+        known = self.architecture.arguments
+        positions = [others.pop(name, None) for name in known.positions]
+        text_mask, pooled_text = (
+            None if name is None else others.pop(name, None)
+            for name in (known.text_mask, known.pooled_text)
         )
-        kwargs = {**(attention_kwargs or {}), **(joint_attention_kwargs or {})}
+        kwargs = {k: v for name in _INNER for k, v in (others.pop(name, None) or {}).items()}
         lora_scale = kwargs.pop("scale", 1.0)
-        self._refuse(**kwargs, **({} if lora_scale == 1.0 or self.is_live else {"scale": lora_scale}))
+        if lora_scale != 1.0 and not self.is_live:
+            kwargs["scale"] = lora_scale
+        self._refuse(kwargs, {k: v for k, v in others.items() if k not in known.ignored})
+        if known.pooled_text is not None and pooled_text is None:
+            raise UsageError(f"{known.pooled_text} must be given")
         batch = hidden_states.shape[0]
         timestep = timestep.reshape(-1).expand(batch) if timestep.numel() == 1 else timestep
         if guidance is not None:
             guidance = guidance.reshape(-1).expand(batch) if guidance.numel() == 1 else guidance
         num_text = encoder_hidden_states.shape[1]
         current = self._current()
-        if self._architecture == "qwen":
-            grids = _grids_of(img_shapes)
-            num_noisy = _num_tokens(grids[:1])
-            if _num_tokens(grids) != hidden_states.shape[1]:
-                raise UsageError(
-                    f"img_shapes {grids} describe {_num_tokens(grids)} tokens, hidden_states have "
-                    f"{hidden_states.shape[1]}"
-                )
-            key: tuple[object, ...] = (tuple(grids), num_text)
-            token_grids: tuple[TokenGrid, ...] | None = tuple(
-                (frames * height, width) for frames, height, width in grids
-            )
+        places = current.places.get(hidden_states.shape[1], num_text, *positions)
+        num_noisy = places.num_noisy
 
-            def make_rope() -> Any:
-                return qwen_rope(grids, num_text, self._axes, self.device)
-        else:
-            if img_ids is None or txt_ids is None or pooled_projections is None:
-                raise UsageError("img_ids, txt_ids and pooled_projections must be given")
-            ids = current.flux_ids.get(img_ids, txt_ids)
-            num_noisy, key, token_grids = ids.num_noisy, ids.key, ids.grids
-
-            def make_rope() -> Any:
-                return flux_rope(ids.image, ids.text, num_noisy, self._axes, self.device)
+        def make_rope() -> RopeTables:
+            return rope_at(self.architecture.name, places.positions(), self._axes, self.device)
 
         request, branch, time = current.enter_call(timestep)
         inputs = ModelInputs(
             noisy_latents=hidden_states[:, :num_noisy],
             reference_latents=hidden_states[:, num_noisy:],
             text_embeds=encoder_hidden_states,
-            text_mask=encoder_hidden_states_mask,
+            text_mask=text_mask,
             timestep=timestep,
             time=time,
-            grids=token_grids,
-            guidance=guidance if self.config["guidance_embeds"] else None,
-            pooled_text=pooled_projections,
-            rope_key=key,
+            layout=places.layout,
+            guidance=guidance if "guidance" in self._front_inputs else None,
+            pooled_text=pooled_text,
+            rope_key=places.key,
             make_rope=make_rope,
         )
         with self._lora_scaled(lora_scale):
@@ -436,8 +380,8 @@ class EngineTransformer(nn.Module):
             unscale_lora_layers(transformer, scale)
 
     @staticmethod
-    def _refuse(**arguments: object) -> None:
-        for name, value in arguments.items():
+    def _refuse(*arguments: Mapping[str, Any]) -> None:
+        for name, value in itertools.chain(*(given.items() for given in arguments)):
             if value is not None:
                 raise UsageError(
                     f"{name} was given, which a compiled engine cannot apply; merge it into the "
@@ -520,37 +464,3 @@ def _refusing(name: str) -> Any:
 
     refuse.__name__ = name
     return refuse
-
-
-def _num_tokens(grids: Sequence[Grid]) -> int:
-    return sum(frames * height * width for frames, height, width in grids)
-
-
-def _grids_of_ids(img_ids: Tensor) -> tuple[TokenGrid, ...] | None:
-    """Grids from FLUX's ids (picture, row, column); none where a picture is no whole grid."""
-    grids = []
-    for picture in img_ids[:, 0].unique(sorted=True):
-        rows, columns = img_ids[img_ids[:, 0] == picture, 1:].unbind(dim=1)
-        height, width = len(rows.unique()), len(columns.unique())
-        if height * width != len(rows):
-            return None
-        grids.append((height, width))
-    return tuple(grids)
-
-
-def _grids_of(img_shapes: Sequence[Any] | None) -> list[Grid]:
-    """The one geometry of a batch, from diffusers' nested `img_shapes`.
-
-    The pipelines give one entry a prompt, whatever the number of pictures a prompt.
-    """
-    if not img_shapes:
-        raise UsageError("img_shapes must be given: it tells noisy from reference tokens")
-    samples = [
-        [tuple(int(n) for n in shape) for shape in (s if isinstance(s, list) else [s])]
-        for s in img_shapes
-    ]
-    if any(sample != samples[0] for sample in samples):
-        raise UsageError(
-            f"img_shapes of a batch must be one geometry for every entry, got {samples}"
-        )
-    return samples[0]  # type: ignore[return-value]

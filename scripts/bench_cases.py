@@ -25,11 +25,12 @@ from ditrim.engines.load import load_engines
 from ditrim.engines.sets.manifest import Manifest
 from ditrim.runtime.caches.step_cache import Cache, StepCache
 from ditrim.runtime.denoising.denoiser import Denoiser
-from ditrim.runtime.geometry import Grid
 from ditrim.runtime.policy import Policy
 from ditrim.runtime.report import RunReport
 from ditrim.runtime.transformer import EngineTransformer, engine_transformer
 
+# (frames, height, width) of a picture in tokens, as Qwen's pipelines have it.
+Grid = tuple[int, int, int]
 INTERVAL = 10
 CACHE_THRESHOLD = 0.158  # reuses 70 % of the steps on training scenes of the small editor
 # Words in an instruction and tokens of the references: of one size, every way is made once.

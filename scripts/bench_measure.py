@@ -18,9 +18,10 @@ from bench_cases import INTERVAL, Case, Ours, Way
 from bench_others import product_runners
 
 from ditrim.engines.cost.flops import call_flops, graph_products
+from ditrim.plugins.layout import Layout
 from ditrim.runtime.denoising.calls import Clock, EngineCalls
 from ditrim.runtime.denoising.inputs import ModelInputs
-from ditrim.runtime.denoising.rope import qwen_rope
+from ditrim.runtime.denoising.rope import rope_for
 from ditrim.runtime.metrics import psnr_db
 from ditrim.runtime.policies.topi import ToPi
 from ditrim.runtime.policy import FullContext, Policy
@@ -325,8 +326,9 @@ def scoring_row(
         text_embeds=case.call["encoder_hidden_states"],
         timestep=case.call["timestep"],
         rope_key=("bench",),
-        make_rope=lambda: qwen_rope(
-            case.grids,
+        make_rope=lambda: rope_for(
+            "qwen",
+            Layout.of_frames(case.grids),
             size.num_text,
             case.manifest.transformer_config["axes_dims_rope"],
             torch.device("cpu"),

@@ -335,7 +335,7 @@ def companion_rows(side: int) -> Iterator[dict[str, Any]]:
     import torch
     from diffusers import AutoencoderKL, AutoencoderKLQwenImage
 
-    from ditrim.engines.cost.companions import COMPANIONS
+    from ditrim.plugins.architectures import ARCHITECTURES
 
     def flux() -> Any:
         return AutoencoderKL(
@@ -360,7 +360,7 @@ def companion_rows(side: int) -> Iterator[dict[str, Any]]:
         "flux": (flux, lambda vae: vae.decode(latents(1, 16, small, small))),
     }
     for architecture, (make, call) in calls.items():
-        vae = COMPANIONS[architecture][-1]
+        vae = ARCHITECTURES[architecture].companions[-1]
         count, peak = live_peak(make, call)
         said = {"parameters": vae.num_parameters, f"decode_{side}": 0}
         said[f"decode_{side}"] = vae.transient_bytes(side * side, 0)

@@ -90,7 +90,8 @@ def inputs_of(manifest: Any, point: dict[str, Any]) -> Any:
     """Random inputs with as many references as the point says."""
     import torch
 
-    from ditrim.runtime.denoising.rope import qwen_rope
+    from ditrim.plugins.layout import Layout
+    from ditrim.runtime.denoising.rope import rope_for
     from ditrim.runtime.profiling.measure import Geometry, random_inputs
 
     grids = grids_of(point)
@@ -102,12 +103,12 @@ def inputs_of(manifest: Any, point: dict[str, Any]) -> Any:
     )
     cpu = torch.device("cpu")
     axes = manifest.transformer_config["axes_dims_rope"]
-    pictures = [(1, *grid) for grid in grids]
+    layout = Layout.of_grids(grids)
     return replace(
         random_inputs(manifest, geometry, cpu),
-        grids=grids,
+        layout=layout,
         rope_key=("growth", grids, point["text"]),
-        make_rope=lambda: qwen_rope(pictures, point["text"], axes, cpu),
+        make_rope=lambda: rope_for("qwen", layout, point["text"], axes, cpu),
     )
 
 

@@ -49,7 +49,7 @@ def _runtime_parts(
 
     from ditrim.runtime.denoising.calls import gather_rows
     from ditrim.runtime.denoising.inputs import check_finite, check_inputs
-    from ditrim.runtime.denoising.rope import qwen_rope
+    from ditrim.runtime.denoising.rope import rope_for
     from ditrim.runtime.policies.topi import CoverageToPi, ToPi
     from ditrim.runtime.policy import CallView
     from ditrim.runtime.tokens.coverage import hilbert_order
@@ -66,7 +66,6 @@ def _runtime_parts(
     hidden = torch.randn(1, length, task["width"], generator=generator)
     kept = torch.randperm(length, generator=generator)[: length // 2].sort().values[None]
     axes, half = manifest.transformer_config["axes_dims_rope"], tables.reference[0].shape[1]
-    pictures = [(1, *grid) for grid in inputs.grids]
     velocity = torch.randn_like(inputs.noisy_latents)
     halves = grid_of(length // 4)
     four = replace(view, grids=(inputs.grids[0], *[halves] * 4))
@@ -80,8 +79,8 @@ def _runtime_parts(
         f"gather half of the RoPE rows, D/2 = {half}": lambda: [
             table.index_select(0, kept.flatten()) for table in tables.reference
         ],
-        "RoPE tables, once a geometry": lambda: qwen_rope(
-            pictures, task["text"], axes, torch.device("cpu")
+        "RoPE tables, once a geometry": lambda: rope_for(
+            "qwen", inputs.layout, task["text"], axes, torch.device("cpu")
         ),
         "checks, first step": lambda: check_inputs(inputs, engine_set, is_first=True),
         "checks, later steps": lambda: check_inputs(inputs, engine_set, is_first=False),

@@ -77,12 +77,13 @@ def assemble(model: str, checkpoint: Path, folder: Path) -> dict[str, Any]:
     from ditrim.export.checkpoint import find_checkpoint
     from ditrim.export.family import FAMILIES
     from ditrim.export.split import SplitPoint
+    from ditrim.plugins.architectures import ARCHITECTURES
 
     family = FAMILIES[model]
     found = find_checkpoint(checkpoint)
     weights = index_weights(found)
     point = SplitPoint(
-        num_layers=60 if family.architecture == "qwen" else 57,
+        num_layers=sum(ARCHITECTURES[family.architecture].depths.values()),
         front_depth=family.front_depth,
         representative_layers=family.representative_layers,
     )

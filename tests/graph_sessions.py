@@ -5,11 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tiny import Call
+from tiny import Call, rope_of
 
-from ditrim.runtime.denoising.rope import flux_rope, qwen_rope
-
-CPU = torch.device("cpu")
 GEOMETRIES: list[dict[str, Any]] = [
     {"batch": 1, "noisy": (4, 5), "references": ((5, 4),), "num_text": 6},
     {"batch": 2, "noisy": (3, 3), "references": ((6, 2), (1, 5)), "num_text": 1},
@@ -22,12 +19,7 @@ def run_sessions(
     sessions: dict[str, Any], transformer: Any, call: Call, kept: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:
     """FRONT, gather, BACK."""
-    kwargs = call.kwargs
-    axes, num_text = transformer.config.axes_dims_rope, kwargs["encoder_hidden_states"].shape[1]
-    if "img_ids" in kwargs:
-        rope = flux_rope(kwargs["img_ids"], kwargs["txt_ids"], call.num_noisy, axes, CPU)
-    else:
-        rope = qwen_rope(call.grids, num_text, axes, CPU)
+    kwargs, rope = call.kwargs, rope_of(transformer, call)
     batch = kwargs["hidden_states"].shape[0]
     values = {
         "noisy_latents": kwargs["hidden_states"][:, : call.num_noisy],

@@ -32,7 +32,7 @@ FLOORS = {
         ("estimate",),
     ),
     "runtime": (
-        ("geometry", "metrics", "report"),
+        ("metrics", "report"),
         ("tokens",),
         ("policy",),
         ("policies",),

@@ -9,6 +9,10 @@ import torch
 from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
 from torch import Tensor
 
+from ditrim.export.split import architecture_of
+from ditrim.plugins.layout import Layout
+from ditrim.runtime.denoising.rope import RopeTables, rope_for
+
 AXES = (4, 6, 6)
 FAMILY_NAMES = ("qwen-edit", "qwen-edit-plus", "qwen-edit-2511", "flux-kontext")
 QWEN_CONFIG: dict[str, Any] = {
@@ -61,6 +65,17 @@ class Call:
     kwargs: dict[str, Any]
     num_noisy: int
     grids: list[tuple[int, int, int]]
+
+    @property
+    def layout(self) -> Layout:
+        return Layout.of_frames(self.grids)
+
+
+def rope_of(transformer: Any, call: Call) -> RopeTables:
+    """RoPE tables of a call."""
+    num_text = call.kwargs["encoder_hidden_states"].shape[1]
+    axes, cpu = transformer.config.axes_dims_rope, torch.device("cpu")
+    return rope_for(architecture_of(transformer), call.layout, num_text, axes, cpu)
 
 
 def make_call(

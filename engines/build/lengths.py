@@ -10,6 +10,7 @@ from ditrim.engines.build.checks import expect_count, option_of, shown
 from ditrim.engines.sets.ladder import Ladder
 from ditrim.engines.sets.profiles import AxisRange, Ranges
 from ditrim.engines.sets.specs import Limits
+from ditrim.plugins.architectures import ARCHITECTURES
 from ditrim.plugins.errors import LadderError, UsageError
 
 if TYPE_CHECKING:
@@ -26,9 +27,6 @@ _SMALL_REFERENCE = 324 + 144
 MOST_PICTURE_TOKENS = 1 << 18
 _MOST_PICTURE = "8192x8192 pixels"
 _MOST_TEXT = 1 << 16
-# Qwen-Image's table (`QwenEmbedRope` of diffusers) has so many on each side of a picture's centre;
-# the text's follow those of the pictures. FLUX computes its own at any length.
-_QWEN_POSITIONS = 4096
 
 
 class LengthOptions(Protocol):
@@ -227,8 +225,7 @@ def check_lengths(options: LengthOptions) -> None:
     _check_count(options, "max_noisy_tokens", MOST_PICTURE_TOKENS, f"a picture of {_MOST_PICTURE}")
     _check_references(options, "--max-reference-tokens", options.max_reference_tokens)
     _check_count(options, "max_text_tokens", _MOST_TEXT, "far more than a prompt has")
-    if options.family.architecture == "qwen":
-        _check_positions(options)
+    _check_positions(options)
 
 
 def _check_resolution(option: str, width: Any, height: Any) -> None:
@@ -285,14 +282,17 @@ def _check_count(options: LengthOptions, name: str, most: int, meaning: str) -> 
 
 
 def _check_positions(options: LengthOptions) -> None:
-    """Qwen-Image's positions: half of a picture's longer side, and the text after them."""
+    """Positions from a table: half of a picture's longer side, and the text after them."""
+    most = ARCHITECTURES[options.family.architecture].positions_limit
+    if most is None:
+        return
     sides = () if options.preset is not None else options.resolutions
     sides += () if options.preset is not None else options.reference_resolutions
     longest = max((max(sizes) // TOKEN_PIXELS for sizes in sides), default=0)
     text = limits_of(options).text
-    if longest // 2 + text > _QWEN_POSITIONS:
+    if longest // 2 + text > most:
         raise UsageError(
-            f"{options.model} has {_QWEN_POSITIONS} positions on each side of a picture's centre: "
+            f"{options.model} has {most} positions on each side of a picture's centre: "
             f"half of its longer side takes {longest // 2} and the text {text} of them; lower "
             "--resolution or --max-text-tokens"
         )

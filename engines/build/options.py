@@ -24,6 +24,7 @@ from ditrim.engines.sets.profiles import ProfileSpec, Ranges, ladder_profiles, p
 from ditrim.engines.sets.specs import Limits
 from ditrim.export.family import Family, family_named
 from ditrim.export.lora import LoraChoice
+from ditrim.plugins.architectures import ARCHITECTURES
 from ditrim.plugins.errors import UsageError
 
 BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
@@ -274,13 +275,14 @@ class BuildOptions:
                 expect_count(f"--config {key}", given, least, _MOST_CONFIG[key])
             elif key == "axes_dims_rope":
                 _check_axes(value)
-        depths = {"num_layers", "num_single_layers"} & set(self.config)
+        architecture = ARCHITECTURES[self.family.architecture]
+        depths = set(architecture.depths) & set(self.config)
         if self.num_layers is not None and depths:
             raise UsageError(
                 f"--num-layers and --config {min(depths)}=... both set the depth; leave one out"
             )
-        if self.num_layers is not None and self.family.architecture == "flux":
-            expect_count("--num-layers", self.num_layers, least=2)
+        if self.num_layers is not None:
+            expect_count("--num-layers", self.num_layers, least=len(architecture.blocks))
 
     def _check_plan_options(self) -> None:
         names = [item.name for item in fields(self) if "shapes_plans" in item.metadata]

@@ -27,16 +27,12 @@ from ditrim.export.checkpoint import (
 )
 from ditrim.export.lora import LoraChoice, find_lora, settings_file
 from ditrim.export.single_file import describe_single_file
+from ditrim.plugins.architectures import ARCHITECTURES
 from ditrim.plugins.errors import CheckpointError, UsageError
 
 _BLOCK_BYTES = 16 * 1024 * 1024
 # Longer than the clock tick by which file systems stamp files.
 _TICK_NS = 20_000_000
-# Depths of the released models, from which the layers of cut-down ones are scaled.
-_DEPTHS: dict[str, dict[str, int]] = {
-    "qwen": {"num_layers": 60},
-    "flux": {"num_layers": 19, "num_single_layers": 38},
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,12 +193,7 @@ def _cut_depth(options: BuildOptions) -> dict[str, int]:
     count = options.num_layers
     if count is None:
         return {}
-    if options.family.architecture == "qwen":
-        return {"num_layers": count}
-    full = _DEPTHS["flux"]
-    double = round(count * full["num_layers"] / sum(full.values()))
-    double = min(max(double, 1), count - 1)
-    return {"num_layers": double, "num_single_layers": count - double}
+    return ARCHITECTURES[options.family.architecture].cut(count)
 
 
 def read_calibration(path: Path) -> dict[str, Any]:
@@ -235,7 +226,7 @@ def choose_split(options: BuildOptions, source: Source) -> SplitChoice:
     Raises:
         UsageError: they do not fit the model's depth; names the option.
     """
-    family, depths = options.family, _DEPTHS[options.family.architecture]
+    family, depths = options.family, ARCHITECTURES[options.family.architecture].depths
     sizes = [source.config.get(key, default) for key, default in depths.items()]
     for key, size in zip(depths, sizes, strict=True):
         if isinstance(size, bool) or not isinstance(size, int) or size < 0:

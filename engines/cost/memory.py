@@ -13,12 +13,11 @@ from typing import Any
 
 from ditrim.engines.cost.flops import CallSize
 from ditrim.engines.cost.parameters import complete_config
+from ditrim.plugins.architectures import ARCHITECTURES
 
 ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
-# Hidden states of width d that are alive at the peak, for a token of (image, text).
-_DOUBLE_STREAM = (10.0, 11.0)
-_DOUBLE_STREAM_TWO_TIMES = (11.0, 11.0)  # references modulated at t = 0
-_SINGLE_STREAM = (17.0, 23.0)
+# Hidden states of width d that are alive at the peak, for a token of (image, text); those of plans
+# are the blocks' own (`Stream.states`).
 _ONNXRUNTIME = (20.0, 20.0)  # with its own operators, in float32
 _ONNXRUNTIME_STANDARD = (15.5, 15.5)
 # Rows that are scored at a time: `onnxruntime_graph.BLOCK_ROWS`, beside onnx, and those of the
@@ -29,9 +28,6 @@ _RTX_BLOCK_ROWS, _RTX_LEAST_BLOCKS, _RTX_MOST_BLOCKS = 512, 8, 16
 # Code of a scored layer in a plan, for each profile: of the layer, and of each block of its rows.
 _SCORING_CODE, _BLOCK_CODE = 600_000, 680_000
 _PLUGIN_CODE = 1_200_000  # assumed
-# How much of a block's logits comes on top of what the graph takes anyway.
-_DOUBLE_STREAM_LOGITS = 1.0
-_SINGLE_STREAM_LOGITS = 0.5
 # TensorRT-RTX states so much more for narrow models; in wide ones the rest hides it.
 _LIBRARY_BYTES = 16 << 20
 
@@ -51,7 +47,7 @@ def activation_bytes(
 
     Args:
         config: of the diffusers transformer.
-        architecture: "qwen" or "flux".
+        architecture: its name in `ARCHITECTURES`.
         layers: the graph's blocks.
         size: of the call; `num_reference` is C, or K' where reduced.
         backend: "onnxruntime", "tensorrt" or "tensorrt-rtx".
@@ -59,14 +55,19 @@ def activation_bytes(
         num_rows: noisy rows that are scored, 0 where the graph does not score.
         num_scored: layers that score them.
     """
-    config = complete_config(config, architecture)
+    known = ARCHITECTURES[architecture]
+    config = known.completed(config)
+    # The blocks of a graph that take most come last.
+    stream = known.stream_of(config, layers[-1]) if layers else known.blocks[0].stream
     heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
     image, text = size.num_noisy + size.num_reference, size.num_text
     keys, element = image + text, ELEMENT_BYTES[precision]
     hidden = heads * head_dim * element  # of a token
     rope = 4 * head_dim * keys  # cosines and sines of every token, float32
     is_standard = backend == "onnxruntime" and precision != "fp32"
-    states = _states_of(config, architecture, layers, backend, precision)
+    states = stream.states(config)
+    if backend == "onnxruntime":
+        states = _ONNXRUNTIME_STANDARD if is_standard else _ONNXRUNTIME
     peak = states[0] * hidden * image + states[1] * hidden * text + rope
     if is_standard:
         # Its standard attention is not fused: the logits of all heads, float32.
@@ -74,9 +75,7 @@ def activation_bytes(
     if num_rows and backend == "tensorrt-rtx":
         # A block of rows at a time and a layer after the other: only what a layer hands over
         # comes on top for the others.
-        is_single = states == _SINGLE_STREAM
-        part = _SINGLE_STREAM_LOGITS if is_single else _DOUBLE_STREAM_LOGITS
-        peak += part * heads * _rtx_block_rows(num_rows) * keys * element
+        peak += stream.logits * heads * _rtx_block_rows(num_rows) * keys * element
         peak += hidden * keys if num_scored > 1 else 0
     elif num_rows:
         block_rows = 0
@@ -84,16 +83,6 @@ def activation_bytes(
             block_rows = _STANDARD_BLOCK_ROWS if is_standard else _BLOCK_ROWS
         peak += num_scored * _scoring_bytes(heads, head_dim, size, num_rows, element, block_rows)
     return round(size.batch * peak) + (backend != "onnxruntime") * _LIBRARY_BYTES
-
-
-def _states_of(
-    config: Mapping[str, Any], architecture: str, layers: range, backend: str, precision: str
-) -> tuple[float, float]:
-    if backend == "onnxruntime":
-        return _ONNXRUNTIME if precision == "fp32" else _ONNXRUNTIME_STANDARD
-    if architecture == "flux" and len(layers) and layers[-1] >= config["num_layers"]:
-        return _SINGLE_STREAM
-    return _DOUBLE_STREAM_TWO_TIMES if config.get("zero_cond_t") else _DOUBLE_STREAM
 
 
 def scoring_code_bytes(backend: str, num_rows: int) -> int:

@@ -15,7 +15,6 @@ from typing import Any
 from ditrim.engines.build.lengths import TOKEN_PIXELS
 from ditrim.engines.build.options import PLAN_BACKENDS, BuildOptions
 from ditrim.engines.build.source import Source, choose_split, find_source
-from ditrim.engines.cost.companions import COMPANIONS, Companion
 from ditrim.engines.cost.devices import DEVICES, Device, device_named, present_device
 from ditrim.engines.cost.flops import CallSize
 from ditrim.engines.cost.memory import (
@@ -27,12 +26,11 @@ from ditrim.engines.cost.memory import (
 from ditrim.engines.cost.parameters import complete_config, count_parameters
 from ditrim.engines.estimate.advice import Change, changes
 from ditrim.engines.sets.profiles import is_scored, plan_roles
+from ditrim.plugins.architectures import ARCHITECTURES
+from ditrim.plugins.architectures.architecture import Companion
 
-# A plan's kernels, for each profile: of all that is not a block, of a double- and a single-stream
-# block. Read off TensorRT-RTX 1.7.1; the width does not matter.
+# A plan's kernels of all that is not a block, for each profile. Read off TensorRT-RTX 1.7.1.
 _PROFILE_BYTES = {"front": 1_350_000, "back": 800_000}
-_DOUBLE_BLOCK_BYTES = 2_450_000
-_SINGLE_BLOCK_BYTES = 1_450_000
 # An ONNX graph without weights, for each block.
 _GRAPH_BLOCK_BYTES = 20_000
 # Host memory of a process that has imported torch and diffusers, and of a builder with nothing yet.
@@ -279,7 +277,9 @@ class _Figures:
         split = choose_split(options, source)
         config = complete_config(config, family.architecture)
         counts = count_parameters(config, family.architecture, split.front_depth)
-        companions = COMPANIONS[family.architecture] if options.preset is None else ()
+        companions = ARCHITECTURES[family.architecture].companions
+        if options.preset is not None:
+            companions = ()
         layers = split.representative_layers
         if options.score_details:
             layers = tuple(range(split.front_depth, split.num_layers))
@@ -415,11 +415,10 @@ def _plan(
     weights = num_parameters * ELEMENT_BYTES[options.precision]
     scores = is_scored(role, separate_anchor=options.separate_anchor)
     if options.backend in PLAN_BACKENDS:
-        num_single = sum(layer >= config["num_layers"] for layer in layers)
+        known = ARCHITECTURES[architecture]
         kernels = (
             _PROFILE_BYTES["front" if role == "front" else "back"]
-            + _DOUBLE_BLOCK_BYTES * (len(layers) - num_single)
-            + _SINGLE_BLOCK_BYTES * num_single
+            + sum(known.stream_of(config, layer).plan_bytes for layer in layers)
             + scoring_code_bytes(options.backend, options.limits.noisy) * num_scored * scores
         )
         more = kernels * len(ladder.rungs)

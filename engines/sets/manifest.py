@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 from ditrim.engines.sets.ladder import Ladder
 from ditrim.engines.sets.profiles import PLAN_ROLES, AxisRange, ProfileSpec
 from ditrim.engines.sets.specs import AXES, Limits, TensorSpec
+from ditrim.plugins.architectures import ARCHITECTURES
 from ditrim.plugins.errors import EngineSetError, LadderError
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 ROLES = ("front", "back")
 PRECISIONS = ("fp32", "fp16", "bf16")
-ARCHITECTURES = ("qwen", "flux")
 WEIGHTS = ("included", "stripped")
 _SEAL = "manifest_sha256"
 _SAMPLE_BYTES = 4
@@ -278,7 +278,7 @@ def _manifest_from(content: dict[str, Any]) -> Manifest:
             identity=reader.take("identity", str),
             ditrim_version=reader.take("ditrim_version", str),
             model=reader.take("model", str),
-            architecture=reader.choice("architecture", ARCHITECTURES),
+            architecture=reader.choice("architecture", tuple(ARCHITECTURES)),
             transformer_class=reader.take("transformer_class", str),
             pipeline_class=reader.take("pipeline_class", str),
             transformer_config=reader.take("transformer_config", dict),

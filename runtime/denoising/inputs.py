@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ditrim.plugins.errors import DitrimError, LadderError, UsageError
+from ditrim.plugins.layout import Layout, TokenGrid
 from ditrim.runtime.denoising.rope import RopeTables
-from ditrim.runtime.geometry import TokenGrid
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,8 +34,7 @@ class ModelInputs:
         pooled_text: (B, c_pool), FLUX only.
         time: `timestep` of the whole batch as a number, where it is known without a wait for the
             device.
-        grids: (height, width) in tokens of the noisy picture and of each reference; none where the
-            geometry is no whole grid.
+        layout: of the noisy picture and the references; none where one is no whole grid.
         rope_key: identifies the geometry; equal keys have equal tables.
         make_rope: computes the tables of that geometry.
     """
@@ -46,11 +45,16 @@ class ModelInputs:
     text_mask: Tensor | None = None
     timestep: Tensor
     time: float | None = None
-    grids: tuple[TokenGrid, ...] | None = None
+    layout: Layout | None = None
     guidance: Tensor | None = None
     pooled_text: Tensor | None = None
     rope_key: tuple[object, ...]
     make_rope: Callable[[], RopeTables]
+
+    @property
+    def grids(self) -> tuple[TokenGrid, ...] | None:
+        """(height, width) in tokens of the noisy picture and of each reference."""
+        return None if self.layout is None else self.layout.grids
 
 
 # Batch entries, and the text tokens that they keep; none means all.

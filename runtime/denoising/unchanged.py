@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -32,7 +33,8 @@ class Unchanged(Generic[T]):
             self._result = self._make(*arguments)
             self._given = arguments
             self._values = tuple(
-                value.clone() if isinstance(value, Tensor) else value for value in arguments
+                value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+                for value in arguments
             )
         self._versions = tuple(map(_version, arguments))
         return self._result  # type: ignore[return-value]

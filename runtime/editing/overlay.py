@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from ditrim.runtime.geometry import TokenGrid
+from ditrim.plugins.layout import TokenGrid
 
 Indices = npt.NDArray[np.int64]
 

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
     from ditrim.engines.backend import Engines
     from ditrim.engines.sets.engine_set import EngineSet
+    from ditrim.plugins.layout import TokenGrid
     from ditrim.runtime.editing.result_size import ResultSize
-    from ditrim.runtime.geometry import TokenGrid
 
 SMALL_PIPELINE = "SmallEditPipeline"
+SMALL_TRANSFORMER = "QwenImageTransformer2DModel"  # that it runs
 # Pipelines that take a list of references; the others read a list as a batch.
 _TAKES_MANY = (SMALL_PIPELINE, "QwenImageEditPlusPipeline")
 
@@ -111,7 +112,7 @@ def _load(engine_set: EngineSet, location: str | None, dtype: torch.dtype | None
 
 def _from_folder(engine_set: EngineSet, folder: Path, dtype: torch.dtype | None) -> Any:
     found, name = _class_in(folder), engine_set.manifest.pipeline_class
-    if found == SMALL_PIPELINE and engine_set.manifest.architecture == "qwen":
+    if found == SMALL_PIPELINE and engine_set.manifest.transformer_class == SMALL_TRANSFORMER:
         from ditrim.runtime.small_editor import SmallEditPipeline
 
         return SmallEditPipeline.from_pretrained(folder)

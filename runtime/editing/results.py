@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ditrim.engines.backend import Engines
+    from ditrim.plugins.layout import TokenGrid
     from ditrim.runtime.editing.overlay import Indices
     from ditrim.runtime.editing.pipelines import EditRequest
-    from ditrim.runtime.geometry import TokenGrid
     from ditrim.runtime.report import RunReport
 
 

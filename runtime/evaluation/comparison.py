@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ditrim.engines.backend import Engines
+    from ditrim.plugins.layout import TokenGrid
     from ditrim.runtime.caches.step_cache import Cache
     from ditrim.runtime.editing.pipelines import EditRequest
     from ditrim.runtime.evaluation.edits import ComparedEdit, EditPictures
     from ditrim.runtime.evaluation.folder import ComparisonFolder, Row
-    from ditrim.runtime.geometry import TokenGrid
     from ditrim.runtime.metrics import Lpips, Picture
     from ditrim.runtime.policy import Policy
     from ditrim.runtime.report import RunReport, StepRecord

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ditrim.plugins.errors import UsageError
-from ditrim.runtime.geometry import TokenGrid
+from ditrim.plugins.layout import TokenGrid
 from ditrim.runtime.policy import CallView, Reduction
 
 if TYPE_CHECKING:

@@ -25,12 +25,12 @@ from ditrim.engines.cost.cost import Cost, ModelCost, Peak
 from ditrim.engines.cost.devices import present_device
 from ditrim.engines.cost.flops import CallSize
 from ditrim.engines.sets.manifest import Manifest
+from ditrim.plugins.layout import Layout
 from ditrim.runtime.denoising.calls import Clock, EngineCalls, FrontResult, RopeRows
 from ditrim.runtime.denoising.denoiser import Denoiser
 from ditrim.runtime.denoising.event_clock import EventClock
 from ditrim.runtime.denoising.inputs import ModelInputs
-from ditrim.runtime.denoising.rope import RopeTables, flux_ids, flux_rope, qwen_rope
-from ditrim.runtime.geometry import Grid
+from ditrim.runtime.denoising.rope import rope_for
 from ditrim.runtime.policies.topi import ToPi
 from ditrim.runtime.policy import CallView, FullContext, Reduction
 from ditrim.runtime.profiling.machine import begin_peak, peak_bytes
@@ -65,6 +65,11 @@ class Geometry:
             num_text=self.num_text,
             batch=self.batch,
         )
+
+    @property
+    def layout(self) -> Layout:
+        """Its pictures."""
+        return Layout(self.noisy_grid, (self.reference_grid,))
 
     @property
     def key(self) -> tuple[int, int, int, int]:
@@ -238,7 +243,7 @@ class _Site:
         manifest, engines = meter.manifest, meter.engines
         self.calls = EngineCalls(engines)
         self.inputs = random_inputs(manifest, geometry, engines.device)
-        self.grids = (geometry.noisy_grid, geometry.reference_grid)
+        self.grids = geometry.layout.grids
         self.group = (torch.arange(geometry.batch), None)
         length = self.size.num_reference
         lengths = sorted({rung for rung in rungs if rung < length} | {length})
@@ -412,26 +417,24 @@ def random_inputs(manifest: Manifest, geometry: Geometry, device: torch.device) 
         channels = int(names[name].shape[-1])
         return torch.randn(size.batch, *lengths, channels, generator=generator).to(device)
 
-    grids: list[Grid] = [(1, *geometry.noisy_grid), (1, *geometry.reference_grid)]
-
-    def make_rope() -> RopeTables:
-        axes = config["axes_dims_rope"]
-        if manifest.architecture == "qwen":
-            return qwen_rope(grids, size.num_text, axes, device)
-        text_ids = torch.zeros(size.num_text, 3, dtype=torch.int64)
-        return flux_rope(flux_ids(grids), text_ids, size.num_noisy, axes, device)
-
     return ModelInputs(
         noisy_latents=draw("noisy_latents", size.num_noisy),
         reference_latents=draw("reference_latents", size.num_reference),
         text_embeds=draw("text_embeds", size.num_text),
         timestep=torch.full((size.batch,), 0.7),
         time=0.7,
-        grids=(geometry.noisy_grid, geometry.reference_grid),
+        layout=geometry.layout,
         guidance=torch.full((size.batch,), 2.5) if "guidance" in names else None,
         pooled_text=draw("pooled_text") if "pooled_text" in names else None,
         rope_key=("profile", geometry),
-        make_rope=make_rope,
+        make_rope=partial(
+            rope_for,
+            manifest.architecture,
+            geometry.layout,
+            size.num_text,
+            config["axes_dims_rope"],
+            device,
+        ),
     )
 
 

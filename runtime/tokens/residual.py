@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ditrim.engines.sets.ladder import Ladder
 from ditrim.plugins.errors import UsageError
-from ditrim.runtime.geometry import TokenGrid
+from ditrim.plugins.layout import TokenGrid
 
 BINS = 256
 BLUR_SIZE = 11

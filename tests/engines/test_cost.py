@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import FAMILY_NAMES, make_call, tiny_transformer
+from tiny import FAMILY_NAMES, make_call, rope_of, tiny_transformer
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,7 +22,6 @@ from ditrim.engines.cost.flops import CallSize
 from ditrim.engines.sets.engine_set import load_engine_set
 from ditrim.export.split import BackGraph, FrontGraph, SplitPoint, processors_installed
 from ditrim.plugins.errors import UsageError
-from ditrim.runtime.denoising.rope import flux_rope, qwen_rope
 from ditrim.runtime.profiling.measure import model_cost_of
 
 CPU = torch.device("cpu")
@@ -93,12 +92,7 @@ class Split:
             is_early: see `num_kept`.
         """
         kwargs = self.call.kwargs
-        axes = self.transformer.config.axes_dims_rope
-        batch, num_text = kwargs["encoder_hidden_states"].shape[:2]
-        if self.architecture == "flux":
-            tables = flux_rope(kwargs["img_ids"], kwargs["txt_ids"], 64, axes, CPU)
-        else:
-            tables = qwen_rope(self.call.grids, num_text, axes, CPU)
+        batch, tables = kwargs["hidden_states"].shape[0], rope_of(self.transformer, self.call)
         shared = [*tables.noisy, *tables.text]
         reference_rope = [table.expand(batch, -1, -1) for table in tables.reference]
         length = 64 + num_kept if is_early else None

@@ -21,14 +21,14 @@ from hypothesis import strategies as st
 from ditrim.commands import build_engine as cli
 from ditrim.engines.build.options import BuildOptions
 from ditrim.engines.build.source import planned_config, small_editor_folder
-from ditrim.engines.cost.companions import COMPANIONS
 from ditrim.engines.cost.devices import DEVICES
 from ditrim.engines.cost.flops import CallSize
 from ditrim.engines.cost.memory import activation_bytes, scoring_code_bytes, seam_bytes
-from ditrim.engines.cost.parameters import CLASS_DEFAULTS, count_parameters
+from ditrim.engines.cost.parameters import count_parameters
 from ditrim.engines.estimate.estimate import Estimate, estimate, usable_bytes
 from ditrim.engines.estimate.text import lines_of
 from ditrim.export.family import FAMILIES, Family
+from ditrim.plugins.architectures import ARCHITECTURES
 from ditrim.plugins.errors import UsageError
 
 QWEN = FAMILIES["qwen-edit"]
@@ -63,7 +63,7 @@ def test_parameters_are_those_of_the_diffusers_module(family: Family) -> None:
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
 def test_defaults_are_those_of_the_diffusers_class(family: Family) -> None:
     signature = inspect.signature(transformer_class(family).__init__)
-    for key, value in CLASS_DEFAULTS[family.architecture].items():
+    for key, value in ARCHITECTURES[family.architecture].class_defaults.items():
         assert signature.parameters[key].default == value, key
 
 
@@ -508,9 +508,10 @@ def test_companions_are_the_real_ones() -> None:
 
     with torch.device("meta"):
         vae = AutoencoderKLQwenImage()
-    assert COMPANIONS["qwen"][-1].num_parameters == sum(p.numel() for p in vae.parameters())
-    assert {item.part for item in COMPANIONS["flux"]} == {"text_encoder", "text_encoder_2", "vae"}
-    assert all(item.source for items in COMPANIONS.values() for item in items)
+    companions = {name: value.companions for name, value in ARCHITECTURES.items()}
+    assert companions["qwen"][-1].num_parameters == sum(p.numel() for p in vae.parameters())
+    assert {item.part for item in companions["flux"]} == {"text_encoder", "text_encoder_2", "vae"}
+    assert all(item.source for items in companions.values() for item in items)
 
 
 def test_device_table_and_advice_agree() -> None:

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from algorithm_1 import run_details, run_model
-from tiny import FAMILY_NAMES, Call, make_call, tiny_transformer
+from tiny import FAMILY_NAMES, Call, make_call, rope_of, tiny_transformer
 from torch import Tensor
 
 from ditrim.engines.backends.tensorrt.graph import graph_for_backend
@@ -19,7 +19,6 @@ from ditrim.export.checkpoint import find_checkpoint
 from ditrim.export.family import FAMILIES
 from ditrim.export.graph import back_input_names, export_graph, write_graph
 from ditrim.export.split import BackGraph, FrontGraph, SplitPoint, processors_installed
-from ditrim.runtime.denoising.rope import flux_rope, qwen_rope
 from ditrim.runtime.policy import SCORES
 
 POINT = SplitPoint(num_layers=4, front_depth=1, representative_layers=(1, 3))
@@ -33,13 +32,8 @@ GEOMETRIES: list[dict[str, Any]] = [
 
 def back_inputs(transformer: Any, call: Call, kept: Tensor) -> dict[str, Tensor]:
     """What BACK takes at a reduced length, every second noisy row scored; from FRONT in torch."""
-    kwargs, axes = call.kwargs, transformer.config.axes_dims_rope
-    batch, num_text = kwargs["encoder_hidden_states"].shape[:2]
-    cpu = torch.device("cpu")
-    if "img_ids" in kwargs:
-        rope = flux_rope(kwargs["img_ids"], kwargs["txt_ids"], call.num_noisy, axes, cpu)
-    else:
-        rope = qwen_rope(call.grids, num_text, axes, cpu)
+    kwargs, rope = call.kwargs, rope_of(transformer, call)
+    batch = kwargs["hidden_states"].shape[0]
     tables = [*rope.noisy, *rope.text, *(table.expand(batch, -1, -1) for table in rope.reference)]
     with processors_installed(transformer), torch.no_grad():
         front = FrontGraph(transformer, POINT)
@@ -119,7 +113,7 @@ def test_scores_and_layers_rank_tokens_differently() -> None:
 
 
 def test_key_similarity_spans_opposite_to_equal_keys() -> None:
-    from ditrim.export.attention import key_similarity
+    from ditrim.plugins.attention import key_similarity
 
     keys = torch.tensor([[3.0, 0.0], [-2.0, 0.0], [0.0, 5.0], [0.0, 0.0]])[None, None]
     found = key_similarity(torch.tensor([[1.0, 0.0], [7.0, 0.0]])[None, None], keys)

@@ -13,11 +13,10 @@ import torch
 from algorithm_1 import run_model
 from diffusers import FluxTransformer2DModel
 from graph_sessions import relative_error
-from tiny import FLUX_CONFIG, make_call, tiny_transformer
+from tiny import FLUX_CONFIG, make_call, rope_of, tiny_transformer
 from torch import Tensor
 
 from ditrim.export.assemble import assemble_graph, index_weights, write_linked
-from ditrim.export.attention import JointContext
 from ditrim.export.checkpoint import find_checkpoint
 from ditrim.export.family import FAMILIES
 from ditrim.export.graph import back_input_names, example_inputs, export_graph, write_graph
@@ -29,7 +28,7 @@ from ditrim.export.split import (
     processors_installed,
     run_blocks,
 )
-from ditrim.runtime.denoising.rope import flux_rope
+from ditrim.plugins.attention import JointContext
 
 POINT = SplitPoint(num_layers=4, front_depth=1, representative_layers=(3,))
 G, C, T = 12, 10, 7  # of `example_inputs`
@@ -141,8 +140,7 @@ def test_a_double_stream_block_of_flux_may_be_the_last(num_kept: int) -> None:
     )
     point = SplitPoint(num_layers=3, front_depth=1, representative_layers=(1, 2))
     kwargs, num_noisy = call.kwargs, call.num_noisy
-    axes, cpu = transformer.config.axes_dims_rope, torch.device("cpu")
-    rope = flux_rope(kwargs["img_ids"], kwargs["txt_ids"], num_noisy, axes, cpu)
+    rope = rope_of(transformer, call)
     tables = [*rope.noisy, *rope.text]
     reference_rope = [table.expand(2, -1, -1) for table in rope.reference]
     with processors_installed(transformer, point.scoring_roles()), torch.no_grad():

@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 import torch
 from algorithm_1 import run_model
-from tiny import FAMILY_NAMES, Call, make_call, tiny_transformer
+from tiny import FAMILY_NAMES, Call, make_call, rope_of, tiny_transformer
 from torch import Tensor
 
 from ditrim.export.family import FAMILIES
 from ditrim.export.split import BackGraph, FrontGraph, SplitPoint, blocks_of, processors_installed
 from ditrim.plugins.errors import UsageError
-from ditrim.runtime.denoising.rope import RopeTables, flux_rope, qwen_rope
 
 CPU = torch.device("cpu")
 GEOMETRIES = [
@@ -21,13 +20,6 @@ GEOMETRIES = [
     {"batch": 2, "noisy": (3, 3), "references": ((6, 2), (1, 5)), "num_text": 1},
     {"batch": 1, "noisy": (1, 1), "references": ((1, 1),), "num_text": 9},
 ]
-
-
-def rope_of(transformer: Any, call: Call) -> RopeTables:
-    axes = transformer.config.axes_dims_rope
-    if "img_ids" in call.kwargs:
-        return flux_rope(call.kwargs["img_ids"], call.kwargs["txt_ids"], call.num_noisy, axes, CPU)
-    return qwen_rope(call.grids, call.kwargs["encoder_hidden_states"].shape[1], axes, CPU)
 
 
 def run_split(

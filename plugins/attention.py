@@ -186,70 +186,8 @@ def attend(
     return output.transpose(1, 2).flatten(2)  # (B, H, L, D) -> (B, L, H * D)
 
 
-class QwenProcessor:
-    """Joint attention of a Qwen-Image block, in the order [text; noisy; reference].
-
-    Args:
-        role, has_noisy_queries: see `attend`. Noisy queries alone give no text.
-    """
-
-    def __init__(self, role: str = "plain", *, has_noisy_queries: bool = False) -> None:
-        self.role, self.has_noisy_queries = role, has_noisy_queries
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        encoder_hidden_states_mask: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: JointContext | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        assert image_rotary_emb is not None
-        assert encoder_hidden_states_mask is None
-        assert attention_mask is None
-        head_dim = attn.inner_dim // attn.heads
-
-        def heads(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (-1, head_dim))  # (B, L, H * D) -> (B, L, H, D)
-
-        if self.has_noisy_queries:
-            noisy = hidden_states[:, : image_rotary_emb.num_noisy]
-            query = attn.norm_q(heads(attn.to_q(noisy)))
-        else:
-            query = torch.cat(
-                [
-                    attn.norm_added_q(heads(attn.add_q_proj(encoder_hidden_states))),
-                    attn.norm_q(heads(attn.to_q(hidden_states))),
-                ],
-                dim=1,
-            )
-        key = torch.cat(
-            [
-                attn.norm_added_k(heads(attn.add_k_proj(encoder_hidden_states))),
-                attn.norm_k(heads(attn.to_k(hidden_states))),
-            ],
-            dim=1,
-        )
-        value = torch.cat(
-            [heads(attn.add_v_proj(encoder_hidden_states)), heads(attn.to_v(hidden_states))], dim=1
-        )
-        output = attend(
-            query,
-            key,
-            value,
-            image_rotary_emb,
-            self.role,
-            has_noisy_queries=self.has_noisy_queries,
-        )
-        if self.has_noisy_queries:
-            return attn.to_out[0](output), None
-        text, image = output[:, : image_rotary_emb.num_text], output[:, image_rotary_emb.num_text :]
-        return attn.to_out[0](image), attn.to_add_out(text)
-
-
-class FluxProcessor:
-    """Joint attention of a FLUX.1 double-stream or single-stream block.
+class JointProcessor:
+    """Joint attention of a double-stream or a single-stream block of diffusers.
 
     Args:
         role, has_noisy_queries: see `attend`. Noisy queries alone give no text.
@@ -265,13 +203,16 @@ class FluxProcessor:
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_rotary_emb: JointContext | None = None,
+        encoder_hidden_states_mask: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor | None]:
         assert image_rotary_emb is not None
         assert attention_mask is None
+        assert encoder_hidden_states_mask is None
         is_single = encoder_hidden_states is None  # the caller has joined text and image
+        head_dim = attn.inner_dim // attn.heads
 
         def heads(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (-1, attn.head_dim))  # (B, L, H * D) -> (B, L, H, D)
+            return x.unflatten(-1, (-1, head_dim))  # (B, L, H * D) -> (B, L, H, D)
 
         query_rows = hidden_states
         if self.has_noisy_queries:
@@ -302,3 +243,8 @@ class FluxProcessor:
             return attn.to_out[0](output), None
         text, image = output[:, : image_rotary_emb.num_text], output[:, image_rotary_emb.num_text :]
         return attn.to_out[0](image), attn.to_add_out(text)
+
+
+def clip_overflow(hidden: Tensor) -> Tensor:
+    """Hidden states kept from overflow in float16, as diffusers does."""
+    return hidden.clip(-65504, 65504) if hidden.dtype == torch.float16 else hidden
