@@ -13,6 +13,7 @@ from tiny_pipelines import request, small_pictures, tiny_pipeline
 
 import ditrim
 from ditrim.export.family import FAMILIES
+from ditrim.plugins.architectures import ARCHITECTURES
 
 DOCS = Path(__file__).parent.parent / "docs"
 EXTENDING = (DOCS / "internals" / "extending.md").read_text("utf-8")
@@ -23,9 +24,9 @@ BLOCKS = re.findall(r"^## ([^\n]+)\n.*?```python\n(.*?)```", EXTENDING, re.MULTI
 def test_the_examples_of_extending_run(
     title: str, code: str, tiny_engine_sets: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, family in FAMILIES.items():  # the example adds one
-        monkeypatch.setitem(FAMILIES, name, family)
-    monkeypatch.setitem(FAMILIES, "my-edit", FAMILIES["qwen-edit-plus"])
+    for name in ("my-edit", "my-flux-edit"):  # the examples add them
+        monkeypatch.setitem(FAMILIES, name, FAMILIES["qwen-edit-plus"])
+    monkeypatch.setitem(ARCHITECTURES, "my-flux", ARCHITECTURES["flux"])
     engines: Any = ditrim.load_engines(tiny_engine_sets("qwen-edit"), device="cpu")
     call = copy.deepcopy(request("qwen-edit", steps=3))
     names = {"ditrim": ditrim, "pipe": tiny_pipeline("qwen-edit"), "engines": engines, "call": call}
@@ -34,7 +35,9 @@ def test_the_examples_of_extending_run(
 
 
 def test_every_section_has_an_example() -> None:
-    assert [title for title, _ in BLOCKS] == ["A policy", "A step cache", "A family", "A backend"]
+    sections = re.findall(r"^## ([^\n]+)$", EXTENDING, re.MULTILINE)
+    assert [title for title, _ in BLOCKS] == sections
+    assert "An architecture" in sections
 
 
 def test_links_of_the_documentation_lead_somewhere() -> None:
