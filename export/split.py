@@ -50,10 +50,11 @@ def unwrapped(transformer: Any) -> Any:
 
 def blocks_of(transformer: Any) -> list[nn.Module]:
     """Blocks in the order of ToPi's layer indices: FLUX counts double-stream blocks first."""
-    return [block for _, block in _listed_blocks(transformer)]
+    return [block for _, block in listed_blocks(transformer)]
 
 
-def _listed_blocks(transformer: Any) -> list[tuple[BlockList, nn.Module]]:
+def listed_blocks(transformer: Any) -> list[tuple[BlockList, nn.Module]]:
+    """The same, each with the list that it is of."""
     lists = ARCHITECTURES[architecture_of(transformer)].blocks
     return [(blocks, block) for blocks in lists for block in getattr(transformer, blocks.name)]
 
@@ -130,7 +131,7 @@ def processors_installed(
     before = [block.attn.processor for block in blocks]
     changes: list[tuple[Any, str, Any]] = []
     if pairs_modulation:
-        last_list, last = _listed_blocks(transformer)[-1]
+        last_list, last = listed_blocks(transformer)[-1]
         changes.append((last, "forward", partial(last_list.noisy_forward, last)))
         for block in blocks:
             changes += [(block, *item) for item in architecture.block_changes(block).items()]
@@ -153,6 +154,24 @@ def processors_installed(
                 setattr(block, name, value)
 
 
+def paired(
+    temb: Tensor, reference_temb: Tensor | None, num_image: int, num_noisy: int
+) -> tuple[Tensor, Tensor | None]:
+    """Time embeddings of noisy and reference tokens, and which tokens take the second.
+
+    Args:
+        temb: (B, d); reference_temb: (B, d) where reference tokens are modulated otherwise.
+        num_image, num_noisy: G + C and G.
+
+    Returns:
+        (B, 2, d) and (G + C, 1) bool, or `temb` and none.
+    """
+    if reference_temb is None:
+        return temb, None
+    positions = torch.arange(num_image, device=temb.device)
+    return torch.stack([temb, reference_temb], dim=1), (positions >= num_noisy)[:, None]
+
+
 def run_blocks(
     architecture: str,
     blocks: Iterable[nn.Module],
@@ -172,11 +191,7 @@ def run_blocks(
     Returns:
         hidden, text.
     """
-    is_reference = None
-    if reference_temb is not None:
-        temb = torch.stack([temb, reference_temb], dim=1)
-        positions = torch.arange(hidden.shape[1], device=hidden.device)
-        is_reference = (positions >= context.num_noisy)[:, None]
+    temb, is_reference = paired(temb, reference_temb, hidden.shape[1], context.num_noisy)
     arguments = ARCHITECTURES[architecture].block_arguments
     for block in blocks:
         text, hidden = block(**arguments(hidden, text, temb, context, is_reference))
@@ -237,8 +252,17 @@ class FrontGraph(_Graph):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Hidden states of image and text, and the time embeddings (noisy, reference)."""
         latents = torch.cat([noisy_latents, reference_latents], dim=1)  # (B, G + C, c)
-        embed = ARCHITECTURES[self.architecture].embed
-        return embed(self, latents, text_embeds, timestep, guidance, pooled_text)
+        # These stay float32 up to the sinusoids: 1000 in bfloat16 is coarse.
+        timestep, guidance = timestep.float(), None if guidance is None else guidance.float()
+        return ARCHITECTURES[self.architecture].embed(
+            self,
+            latents,
+            text_embeds,
+            timestep,
+            guidance,
+            pooled_text,
+            has_reference_temb=self.has_reference_temb,
+        )
 
     def forward(
         self,

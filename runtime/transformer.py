@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -330,7 +329,7 @@ class EngineTransformer(nn.Module):
         lora_scale = kwargs.pop("scale", 1.0)
         if lora_scale != 1.0 and not self.is_live:
             kwargs["scale"] = lora_scale
-        self._refuse(kwargs, {k: v for k, v in others.items() if k not in known.ignored})
+        self._refuse(kwargs | {k: v for k, v in others.items() if k not in known.ignored})
         if known.pooled_text is not None and pooled_text is None:
             raise UsageError(f"{known.pooled_text} must be given")
         batch = hidden_states.shape[0]
@@ -380,8 +379,8 @@ class EngineTransformer(nn.Module):
             unscale_lora_layers(transformer, scale)
 
     @staticmethod
-    def _refuse(*arguments: Mapping[str, Any]) -> None:
-        for name, value in itertools.chain(*(given.items() for given in arguments)):
+    def _refuse(arguments: Mapping[str, Any]) -> None:
+        for name, value in arguments.items():
             if value is not None:
                 raise UsageError(
                     f"{name} was given, which a compiled engine cannot apply; merge it into the "

@@ -192,6 +192,8 @@ class Architecture:
             embeddings, context and, where time embeddings come in pairs, which tokens take the
             second. A block returns the hidden states of text and image.
         block_changes: attributes that a block has while it is called so.
+        live_arguments: what diffusers' own forward calls a block with, given the time embeddings
+            of reference tokens in place of which tokens take them.
 
     How it is called:
 
@@ -228,6 +230,7 @@ class Architecture:
     processor: Callable[..., Any] = _joint_processor
     block_arguments: Callable[..., dict[str, Any]] = _block_arguments
     block_changes: Callable[[Any], dict[str, Any]] = lambda block: {}
+    live_arguments: Callable[..., dict[str, Any]] = _block_arguments
 
     arguments: CallArguments
     place: Callable[..., Places]

@@ -43,11 +43,12 @@ def _embed(
     timestep: Tensor,
     guidance: Tensor | None,
     pooled_text: Tensor | None,
+    *,
+    has_reference_temb: bool,
 ) -> tuple[Tensor, Tensor, Tensor, None]:
-    # Timestep and guidance stay float32 up to the sinusoids: 1000 in bfloat16 is coarse.
-    arguments = [timestep.float() * 1000]
+    arguments = [timestep * 1000]
     if guidance is not None:
-        arguments.append(guidance.float() * 1000)
+        arguments.append(guidance * 1000)
     temb = modules.time_text_embed(*arguments, pooled_text)
     return modules.x_embedder(latents), modules.context_embedder(text_embeds), temb, None
 

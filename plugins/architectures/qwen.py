@@ -39,13 +39,15 @@ def _embed(
     timestep: Tensor,
     guidance: Tensor | None,
     pooled_text: Tensor | None,
+    *,
+    has_reference_temb: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     hidden = modules.img_in(latents)
     text = modules.txt_in(modules.txt_norm(text_embeds))
-    temb = modules.time_text_embed(timestep.float(), hidden)
+    temb = modules.time_text_embed(timestep, hidden)
     reference_temb = None
-    if modules.has_reference_temb:
-        reference_temb = modules.time_text_embed(timestep.float() * 0, hidden)
+    if has_reference_temb:
+        reference_temb = modules.time_text_embed(timestep * 0, hidden)
     return hidden, text, temb, reference_temb
 
 
@@ -60,6 +62,19 @@ def _block_arguments(
         "image_rotary_emb": context,
         "modulate_index": is_reference,
     }
+
+
+def _live_arguments(
+    hidden: Tensor, text: Tensor, temb: Tensor, context: JointContext, reference_temb: Tensor | None
+) -> dict[str, Any]:
+    import torch
+
+    index = None
+    if reference_temb is not None:
+        temb = torch.cat([temb, reference_temb])
+        positions = torch.arange(hidden.shape[1], device=hidden.device)
+        index = (positions >= context.num_noisy).int().expand(hidden.shape[0], -1)
+    return _block_arguments(hidden, text, temb, context, index)
 
 
 def _block_changes(block: Any) -> dict[str, Any]:
@@ -235,6 +250,7 @@ QWEN = Architecture(
     has_reference_temb=lambda config: bool(config.get("zero_cond_t")),
     block_arguments=_block_arguments,
     block_changes=_block_changes,
+    live_arguments=_live_arguments,
     arguments=CallArguments(
         positions=("img_shapes",),
         text_mask="encoder_hidden_states_mask",

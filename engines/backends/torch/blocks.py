@@ -7,7 +7,6 @@ are at work. Blocks are called as diffusers' own forward calls them, so what a u
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,16 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ditrim.engines.backends.torch.scoring import can_use_kernel, score_with_kernel
-from ditrim.export.attention import JointContext
-from ditrim.export.last_block import noisy_forward
-from ditrim.export.split import PROCESSORS, architecture_of, join_rope, modulate_pair
-
-_PROCESSORS = {
-    (architecture, role, noisy): make(role, has_noisy_queries=noisy)
-    for architecture, make in PROCESSORS.items()
-    for role in ("plain", "score")
-    for noisy in (False, True)
-}
+from ditrim.export.split import architecture_of, join_rope, paired
+from ditrim.plugins.architectures import ARCHITECTURES
+from ditrim.plugins.architectures.architecture import BlockList
+from ditrim.plugins.attention import JointContext
 
 
 @dataclass(slots=True, kw_only=True)
@@ -85,25 +78,19 @@ def embed(transformer: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     latents = torch.cat([inputs["noisy_latents"], inputs["reference_latents"]], dim=1)
     # Rounded as diffusers rounds them, which is coarse in bfloat16: a model's results are those.
-    time = inputs["timestep"].to(latents.dtype)
-    if architecture_of(transformer) == "flux":
-        arguments = [time * 1000]
-        if transformer.config.guidance_embeds:
-            arguments.append(inputs["guidance"].to(latents.dtype) * 1000)
-        return {
-            "hidden": transformer.x_embedder(latents),
-            "text": transformer.context_embedder(inputs["text_embeds"]),
-            "temb": transformer.time_text_embed(*arguments, inputs["pooled_text"]),
-        }
-    hidden = transformer.img_in(latents)
-    embedded = {
-        "hidden": hidden,
-        "text": transformer.txt_in(transformer.txt_norm(inputs["text_embeds"])),
-        "temb": transformer.time_text_embed(time, hidden),
-    }
-    if transformer.config.get("zero_cond_t", False):
-        embedded["reference_temb"] = transformer.time_text_embed(time * 0, hidden)
-    return embedded
+    time, guidance = inputs["timestep"].to(latents.dtype), inputs.get("guidance")
+    known = ARCHITECTURES[architecture_of(transformer)]
+    hidden, text, temb, reference_temb = known.embed(
+        transformer,
+        latents,
+        inputs["text_embeds"],
+        time,
+        None if guidance is None else guidance.to(latents.dtype),
+        inputs.get("pooled_text"),
+        has_reference_temb=known.has_reference_temb(transformer.config),
+    )
+    embedded = {"hidden": hidden, "text": text, "temb": temb}
+    return embedded if reference_temb is None else {**embedded, "reference_temb": reference_temb}
 
 
 def run_blocks(
@@ -112,7 +99,7 @@ def run_blocks(
     *,
     architecture: str,
     scoring: frozenset[int] = frozenset(),
-    last: Any = None,
+    last: tuple[BlockList, nn.Module] | None = None,
     call: Callable[..., tuple[Tensor, Tensor, Tensor | None]],
 ) -> None:
     """Run blocks in turn.
@@ -122,7 +109,7 @@ def run_blocks(
         streams: changed in place.
         architecture: of the transformer.
         scoring: places of the blocks that score.
-        last: the transformer's last block, which gives its noisy rows alone.
+        last: the transformer's last block, which gives its noisy rows alone, and its list.
         call: `call_block`, perhaps compiled.
     """
     for place, block in enumerate(blocks):
@@ -138,7 +125,7 @@ def run_blocks(
             streams.num_noisy,
             streams.score_rows if scores else None,
             architecture,
-            block is last and _is_bare(block),
+            last[0] if last is not None and block is last[1] and _is_bare(block) else None,
         )
         if influence is not None:
             streams.influences.append(influence)
@@ -156,9 +143,14 @@ def call_block(
     num_noisy: int,
     score_rows: Tensor | None,
     architecture: str,
-    noisy_only: bool,
+    noisy_only: BlockList | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Call one block of diffusers; text, hidden states and, where rows are scored, influence."""
+    """Call one block of diffusers; text, hidden states and, where rows are scored, influence.
+
+    Args:
+        noisy_only: the list of a block that gives its noisy rows alone; none of any other.
+    """
+    known = ARCHITECTURES[architecture]
     role = "plain" if score_rows is None else "score"
     context = JointContext(
         rope_cos=rope_cos,
@@ -166,42 +158,28 @@ def call_block(
         num_text=text.shape[1],
         num_noisy=num_noisy,
         score_rows=score_rows,
-        processor=_PROCESSORS[architecture, role, noisy_only],
+        processor=known.processor(role, has_noisy_queries=noisy_only is not None),
         score=score_with_kernel if can_use_kernel(hidden, 2 * rope_cos.shape[-1]) else None,
     )
-    arguments: dict[str, Any] = {
-        "hidden_states": hidden,
-        "encoder_hidden_states": text,
-        "temb": temb,
-        "image_rotary_emb": context,
-    }
-    forward = noisy_forward(block) if noisy_only else block
-    if architecture == "qwen":
-        arguments |= {"encoder_hidden_states_mask": None, "modulate_index": None}
-        if reference_temb is not None:
-            is_reference = torch.arange(hidden.shape[1], device=hidden.device) >= num_noisy
-            if noisy_only:
-                forward = functools.partial(forward.func, _Paired(block))
-                arguments["temb"] = torch.stack([temb, reference_temb], dim=1)
-                arguments["modulate_index"] = is_reference[:, None]
-            else:
-                arguments["temb"] = torch.cat([temb, reference_temb])
-                index = is_reference.int().expand(hidden.shape[0], -1)
-                arguments["modulate_index"] = index
-    text, hidden = forward(**arguments)
+    if noisy_only is None:
+        arguments = known.live_arguments(hidden, text, temb, context, reference_temb)
+        text, hidden = block(**arguments)
+    else:
+        temb, is_reference = paired(temb, reference_temb, hidden.shape[1], num_noisy)
+        arguments = known.block_arguments(hidden, text, temb, context, is_reference)
+        changed = _Changed(block, known.block_changes(block))
+        text, hidden = noisy_only.noisy_forward(changed, **arguments)
     return text, hidden, context.influences[0] if context.influences else None
 
 
-class _Paired:
-    """A block with `zero_cond_t` that takes its time embeddings stacked; see `modulate_pair`."""
+class _Changed:
+    """A block with other attributes; the block itself stays as it is."""
 
-    def __init__(self, block: Any) -> None:
-        self._block = block
+    def __init__(self, block: Any, changes: Mapping[str, Any]) -> None:
+        self._block, self._changes = block, changes
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._block, name)
-
-    _modulate = staticmethod(modulate_pair)
+        return self._changes[name] if name in self._changes else getattr(self._block, name)
 
 
 def _is_bare(block: nn.Module) -> bool:

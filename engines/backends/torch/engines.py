@@ -25,7 +25,7 @@ from ditrim.engines.backends.torch.processors import (
     release_processors,
 )
 from ditrim.engines.forking import check_not_forked
-from ditrim.export.split import blocks_of, unwrapped
+from ditrim.export.split import blocks_of, listed_blocks, unwrapped
 from ditrim.plugins.errors import UsageError
 
 _SMALL_PIPELINE = "SmallEditPipeline"
@@ -130,15 +130,15 @@ class TorchEngines:
         manifest, transformer = self.engine_set.manifest, self.transformer
         hidden = torch.cat([inputs["noisy"], inputs["reference"]], dim=1)  # (B, G + K', d)
         streams = streams_of(inputs, hidden, scored=role == "anchor")
-        blocks = blocks_of(transformer)
+        lists = listed_blocks(transformer)
         run_blocks(
-            blocks[manifest.front_depth :],
+            [block for _, block in lists][manifest.front_depth :],
             streams,
             architecture=manifest.architecture,
             scoring=frozenset(
                 layer - manifest.front_depth for layer in manifest.representative_layers
             ),
-            last=blocks[-1],
+            last=lists[-1],
             call=self._call_block,
         )
         velocity = transformer.proj_out(transformer.norm_out(streams.hidden, streams.temb))

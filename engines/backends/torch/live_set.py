@@ -19,6 +19,7 @@ from ditrim.engines.sets.manifest import FORMAT_VERSION, GraphSpec, Manifest
 from ditrim.engines.sets.specs import Limits, TensorSpec
 from ditrim.export.family import FAMILIES, Family
 from ditrim.export.split import architecture_of
+from ditrim.plugins.architectures import ARCHITECTURES
 from ditrim.plugins.errors import UsageError
 
 # A length is a fact here, not something that was built: these only catch slips of the finger.
@@ -35,8 +36,10 @@ class LiveEngineSet(EngineSet):
 
     def rebuild_command(self, **changes: object) -> str:
         """Return the command of an engine set for other lengths; nothing was built here."""
-        return "build-engine --model " + self.manifest.model + "".join(
-            f" --{name.replace('_', '-')} {value}" for name, value in changes.items()
+        return (
+            "build-engine --model "
+            + self.manifest.model
+            + "".join(f" --{name.replace('_', '-')} {value}" for name, value in changes.items())
         )
 
 
@@ -179,20 +182,22 @@ def _graphs(transformer: Any, precision: str) -> dict[str, GraphSpec]:
         spec("text_embeds", "batch", "text", config.joint_attention_dim),
         spec("timestep", "batch", of="float32"),
     ]
-    if architecture_of(transformer) == "flux":
-        if config.guidance_embeds:
-            front.append(spec("guidance", "batch", of="float32"))
-        front.append(spec("pooled_text", "batch", config.pooled_projection_dim))
+    known = ARCHITECTURES[architecture_of(transformer)]
+    extra = {
+        "guidance": spec("guidance", "batch", of="float32"),
+        "pooled_text": spec("pooled_text", "batch", config.get("pooled_projection_dim", 1)),
+    }
+    front += [extra[name] for name in known.front_inputs(config)]
     hidden = [
         spec("noisy", "batch", "noisy", width),
         spec("reference", "batch", "reference", width),
         spec("text", "batch", "text", width),
         spec("temb", "batch", width),
     ]
-    if config.get("zero_cond_t", False):
+    if known.has_reference_temb(config):
         hidden.append(spec("reference_temb", "batch", width))
     rows = spec("score_rows", "rows", of="int64")
-    out_channels = config.patch_size**2 * (config.out_channels or channels)
+    out_channels = config.patch_size**2 * (config.get("out_channels") or channels)
     back = (
         spec("velocity", "batch", "noisy", out_channels),
         spec("influence", "batch", "reference", of="float32"),

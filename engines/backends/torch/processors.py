@@ -20,8 +20,8 @@ from typing import Any
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor, nn
 
-from ditrim.export.attention import JointContext
 from ditrim.export.split import blocks_of
+from ditrim.plugins.attention import JointContext
 from ditrim.plugins.errors import UsageError
 
 _LOCK = threading.Lock()
