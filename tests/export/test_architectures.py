@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -187,7 +188,7 @@ def test_an_edit_is_that_of_its_transformer(engine_set: Path, transformer: Any) 
         "sigmas": levels,
     }
     steps = list(session.denoise(**arguments))
-    for level, lower, step in zip(levels, levels[1:], steps, strict=True):
+    for (level, lower), step in zip(itertools.pairwise(levels), steps, strict=True):
         with torch.no_grad():
             (velocity,) = transformer(**call_of(torch.cat([noisy, *references], 1), text, level))
         noisy = noisy + (lower - level) * velocity[:, : LAYOUT.num_noisy]
