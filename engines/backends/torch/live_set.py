@@ -21,13 +21,12 @@ from ditrim.export.family import FAMILIES, Family
 from ditrim.export.split import architecture_of
 from ditrim.plugins.architectures import ARCHITECTURES
 from ditrim.plugins.errors import UsageError
+from ditrim.plugins.precision import PRECISIONS, precision_in, precision_of
 
 # A length is a fact here, not something that was built: these only catch slips of the finger.
 _MOST_BATCH = 1 << 10
 _MOST_NOISY = _MOST_REFERENCE = 1 << 18
 _MOST_TEXT = 1 << 16
-PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +99,7 @@ def describe(
         UsageError: K, L or the granularity do not fit.
     """
     config = {key: value for key, value in dict(transformer.config).items() if key[0] != "_"}
-    precision = PRECISIONS[dtype_of(transformer)]
+    precision = precision_in(dtype_of(transformer)).name
     options = BuildOptions(
         model=family.name,
         preset="small" if is_small else None,
@@ -156,7 +155,7 @@ def describe(
 def dtype_of(transformer: Any) -> torch.dtype:
     """What a transformer computes in; quantised ones say it of what is not quantised."""
     dtype = transformer.dtype
-    return dtype if dtype in PRECISIONS else torch.bfloat16
+    return dtype if precision_of(dtype) is not None else torch.bfloat16
 
 
 def _open_ended(ladder: Ladder) -> Ladder:
@@ -170,7 +169,7 @@ def _open_ended(ladder: Ladder) -> Ladder:
 def _graphs(transformer: Any, precision: str) -> dict[str, GraphSpec]:
     """Tensors of FRONT and BACK, as far as the runtime asks for them."""
     config, width = transformer.config, transformer.inner_dim
-    dtype = _NAMES[precision]
+    dtype = PRECISIONS[precision].torch
 
     def spec(name: str, *shape: str | int, of: str = dtype) -> TensorSpec:
         return TensorSpec(name=name, dtype=of, shape=shape)

@@ -1,0 +1,61 @@
+"""What each library calls the types that weights and hidden states are in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Precision:
+    """A floating-point type.
+
+    Attributes:
+        name: what `--precision` takes.
+        torch: its name in torch and in manifests.
+        onnx, tensorrt, safetensors: its names there.
+        num_bytes: of a value.
+    """
+
+    name: str
+    torch: str
+    onnx: str
+    tensorrt: str
+    safetensors: str
+    num_bytes: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of torch."""
+        import torch
+
+        dtype: torch.dtype = getattr(torch, self.torch)
+        return dtype
+
+
+PRECISIONS = {
+    name: Precision(
+        name=name, torch=torch, onnx=onnx, tensorrt=tensorrt, safetensors=stored, num_bytes=size
+    )
+    for name, torch, onnx, tensorrt, stored, size in (
+        ("fp32", "float32", "FLOAT", "FLOAT", "F32", 4),
+        ("fp16", "float16", "FLOAT16", "HALF", "F16", 2),
+        ("bf16", "bfloat16", "BFLOAT16", "BF16", "BF16", 2),
+    )
+}
+
+
+def precision_of(dtype: torch.dtype) -> Precision | None:
+    """The precision of a type of torch; none where no set is built in it."""
+    named = str(dtype).removeprefix("torch.")
+    return next((item for item in PRECISIONS.values() if item.torch == named), None)
+
+
+def precision_in(dtype: torch.dtype) -> Precision:
+    """The precision of a type that a set is built in."""
+    precision = precision_of(dtype)
+    assert precision is not None, dtype
+    return precision
