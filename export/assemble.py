@@ -47,7 +47,7 @@ from ditrim.export.weights import (
 from ditrim.plugins.architectures import ARCHITECTURES
 from ditrim.plugins.attention import JointContext
 from ditrim.plugins.log_sum_exp import DOMAIN, OP_VERSION
-from ditrim.plugins.precision import precision_in
+from ditrim.plugins.precision import precision_of
 
 __all__ = [
     "WeightIndex",
@@ -279,7 +279,7 @@ def assemble_graph(
                 traced[kind] = _traced_once((*model_key, kind), blocks[layer], kind, inputs, graph)
         graph.blocks = nn.ModuleList(_CallNode(kind, layer) for layer, kind in kinds.items())
         model = _trace_around(graph, inputs, names, output_names)
-    linker = WeightLinker(model.graph, weights, ir.DataType[precision_in(dtype).onnx])
+    linker = WeightLinker(model.graph, weights, ir.DataType[precision_of(dtype).onnx])
     for value in [value for value in model.graph.inputs[len(names) :] if value.uses()]:
         ir.convenience.replace_all_uses_with(value, linker.weight(str(value.name)))
     del model.graph.inputs[len(names) :]

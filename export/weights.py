@@ -21,7 +21,7 @@ from ditrim.export.family import FAMILIES, Family
 from ditrim.export.tensor_header import TensorPlace, compare_tensors, read_headers
 from ditrim.export.transformer import empty_transformer
 from ditrim.plugins.errors import CheckpointError
-from ditrim.plugins.precision import precision_in
+from ditrim.plugins.precision import precision_of
 
 if TYPE_CHECKING:
     import torch
@@ -115,7 +115,7 @@ def index_placeholder(family: Family, config: Mapping[str, Any], dtype: torch.dt
         num_bytes = value.numel() * dtype.itemsize
         tensors[name] = LinkedTensor(
             file=WEIGHTS_NAME,
-            dtype=precision_in(dtype).safetensors,
+            dtype=precision_of(dtype).safetensors,
             shape=tuple(value.shape),
             offset=offset,
             num_bytes=num_bytes,

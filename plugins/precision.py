@@ -48,14 +48,10 @@ PRECISIONS = {
 }
 
 
-def precision_of(dtype: torch.dtype) -> Precision | None:
-    """The precision of a type of torch; none where no set is built in it."""
-    named = str(dtype).removeprefix("torch.")
-    return next((item for item in PRECISIONS.values() if item.torch == named), None)
+# By the type's name in torch.
+_OF_TORCH = {item.torch: item for item in PRECISIONS.values()}
 
 
-def precision_in(dtype: torch.dtype) -> Precision:
-    """The precision of a type that a set is built in."""
-    precision = precision_of(dtype)
-    assert precision is not None, dtype
-    return precision
+def precision_of(dtype: torch.dtype) -> Precision:
+    """The precision of a type that sets are built in; raises `KeyError` for others."""
+    return _OF_TORCH[str(dtype).removeprefix("torch.")]

@@ -76,7 +76,7 @@ class ModelCost:
 
     Attributes:
         config: of the diffusers transformer.
-        architecture: "qwen" or "flux".
+        architecture: its name in `ARCHITECTURES`.
         front_depth, num_layers: K and the number of blocks.
         num_scored: layers that an anchor step scores.
         precision: "fp32", "fp16" or "bf16".

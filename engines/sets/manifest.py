@@ -77,7 +77,7 @@ class Manifest:
         identity: SHA-256 over all that the build depended on.
         ditrim_version: of the builder.
         model: the family's name.
-        architecture: "qwen" or "flux".
+        architecture: its name in `ARCHITECTURES`.
         transformer_class, pipeline_class: names in diffusers.
         transformer_config: the transformer's whole configuration.
         num_layers: blocks in all (FLUX: double-stream, then single-stream).

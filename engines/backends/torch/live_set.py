@@ -21,7 +21,7 @@ from ditrim.export.family import FAMILIES, Family
 from ditrim.export.split import architecture_of
 from ditrim.plugins.architectures import ARCHITECTURES
 from ditrim.plugins.errors import UsageError
-from ditrim.plugins.precision import PRECISIONS, precision_in, precision_of
+from ditrim.plugins.precision import PRECISIONS, precision_of
 
 # A length is a fact here, not something that was built: these only catch slips of the finger.
 _MOST_BATCH = 1 << 10
@@ -99,7 +99,7 @@ def describe(
         UsageError: K, L or the granularity do not fit.
     """
     config = {key: value for key, value in dict(transformer.config).items() if key[0] != "_"}
-    precision = precision_in(dtype_of(transformer)).name
+    precision = precision_of(dtype_of(transformer)).name
     options = BuildOptions(
         model=family.name,
         preset="small" if is_small else None,
@@ -155,7 +155,7 @@ def describe(
 def dtype_of(transformer: Any) -> torch.dtype:
     """What a transformer computes in; quantised ones say it of what is not quantised."""
     dtype = transformer.dtype
-    return dtype if precision_of(dtype) is not None else torch.bfloat16
+    return dtype if dtype in {item.dtype for item in PRECISIONS.values()} else torch.bfloat16
 
 
 def _open_ended(ladder: Ladder) -> Ladder:
