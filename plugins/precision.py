@@ -15,13 +15,13 @@ class Precision:
 
     Attributes:
         name: what `--precision` takes.
-        torch: its name in torch and in manifests.
+        torch_name: its name in torch and in manifests.
         onnx, tensorrt, safetensors: its names there.
         num_bytes: of a value.
     """
 
     name: str
-    torch: str
+    torch_name: str
     onnx: str
     tensorrt: str
     safetensors: str
@@ -32,15 +32,20 @@ class Precision:
         """Of torch."""
         import torch
 
-        dtype: torch.dtype = getattr(torch, self.torch)
+        dtype: torch.dtype = getattr(torch, self.torch_name)
         return dtype
 
 
 PRECISIONS = {
     name: Precision(
-        name=name, torch=torch, onnx=onnx, tensorrt=tensorrt, safetensors=stored, num_bytes=size
+        name=name,
+        torch_name=torch_name,
+        onnx=onnx,
+        tensorrt=tensorrt,
+        safetensors=stored,
+        num_bytes=size,
     )
-    for name, torch, onnx, tensorrt, stored, size in (
+    for name, torch_name, onnx, tensorrt, stored, size in (
         ("fp32", "float32", "FLOAT", "FLOAT", "F32", 4),
         ("fp16", "float16", "FLOAT16", "HALF", "F16", 2),
         ("bf16", "bfloat16", "BFLOAT16", "BF16", "BF16", 2),
@@ -49,7 +54,7 @@ PRECISIONS = {
 
 
 # By the type's name in torch.
-_OF_TORCH = {item.torch: item for item in PRECISIONS.values()}
+_OF_TORCH = {item.torch_name: item for item in PRECISIONS.values()}
 
 
 def precision_of(dtype: torch.dtype) -> Precision:

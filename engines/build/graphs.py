@@ -330,7 +330,7 @@ def graph_spec(model: ir.Model, file: str) -> GraphSpec:
 def _tensor_spec(value: ir.Value) -> TensorSpec:
     import onnx_ir as ir
 
-    names = {ir.DataType[item.onnx]: item.torch for item in PRECISIONS.values()}
+    names = {ir.DataType[item.onnx]: item.torch_name for item in PRECISIONS.values()}
     names[ir.DataType.INT64] = "int64"
     assert value.shape is not None
     assert value.dtype is not None

@@ -18,7 +18,7 @@ from ditrim.plugins.errors import EngineSetError
 from ditrim.plugins.precision import PRECISIONS
 
 # Names of the manifest's element types in TensorRT's DataType.
-_TYPES = {"int64": "INT64"} | {item.torch: item.tensorrt for item in PRECISIONS.values()}
+_TYPES = {"int64": "INT64"} | {item.torch_name: item.tensorrt for item in PRECISIONS.values()}
 _SEVERE = ("INTERNAL_ERROR", "ERROR", "WARNING")
 _SHOWN_LINES = 4
 

@@ -169,7 +169,7 @@ def _open_ended(ladder: Ladder) -> Ladder:
 def _graphs(transformer: Any, precision: str) -> dict[str, GraphSpec]:
     """Tensors of FRONT and BACK, as far as the runtime asks for them."""
     config, width = transformer.config, transformer.inner_dim
-    dtype = PRECISIONS[precision].torch
+    dtype = PRECISIONS[precision].torch_name
 
     def spec(name: str, *shape: str | int, of: str = dtype) -> TensorSpec:
         return TensorSpec(name=name, dtype=of, shape=shape)
