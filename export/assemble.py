@@ -47,6 +47,7 @@ from ditrim.export.weights import (
 from ditrim.plugins.architectures import ARCHITECTURES
 from ditrim.plugins.attention import JointContext
 from ditrim.plugins.log_sum_exp import DOMAIN, OP_VERSION
+from ditrim.plugins.precision import precision_of
 
 __all__ = [
     "WeightIndex",
@@ -59,11 +60,6 @@ __all__ = [
     "write_linked",
 ]
 
-_ELEMENTS = {
-    torch.float32: ir.DataType.FLOAT,
-    torch.float16: ir.DataType.FLOAT16,
-    torch.bfloat16: ir.DataType.BFLOAT16,
-}
 _LAYER = "layer"
 # What the functions of blocks with a role are called, and what such a block gives.
 _SUFFIXES = {"plain": "", "score": "Scored", "detail": "Detailed"}
@@ -283,7 +279,7 @@ def assemble_graph(
                 traced[kind] = _traced_once((*model_key, kind), blocks[layer], kind, inputs, graph)
         graph.blocks = nn.ModuleList(_CallNode(kind, layer) for layer, kind in kinds.items())
         model = _trace_around(graph, inputs, names, output_names)
-    linker = WeightLinker(model.graph, weights, _ELEMENTS[dtype])
+    linker = WeightLinker(model.graph, weights, ir.DataType[precision_of(dtype).onnx])
     for value in [value for value in model.graph.inputs[len(names) :] if value.uses()]:
         ir.convenience.replace_all_uses_with(value, linker.weight(str(value.name)))
     del model.graph.inputs[len(names) :]

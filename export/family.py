@@ -52,7 +52,7 @@ class Family:
 
     Attributes:
         name: what `--model` takes.
-        architecture: "qwen" (double-stream blocks) or "flux" (double- then single-stream blocks).
+        architecture: its name in `ARCHITECTURES`: "qwen" or "flux".
         transformer_class, pipeline_class: names in diffusers.
         hub_id: where the released weights are.
         front_depth: K, the first layers that always see the full context (ToPi App. B).

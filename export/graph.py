@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ditrim.export.split import BackGraph, FrontGraph, SplitPoint, processors_installed
 from ditrim.plugins.log_sum_exp import DOMAIN, OP_NAME, OP_VERSION
 from ditrim.plugins.onnx_function import OPSET, log_sum_exp_function
+from ditrim.plugins.precision import PRECISIONS
 
 logger = logging.getLogger(__name__)
 
@@ -332,10 +333,8 @@ def write_graph(model: ir.Model, folder: Path, role: str) -> list[str]:
     return [f"{role}.onnx", weights]
 
 
-_SAFETENSORS_DTYPES = {
-    ir.DataType.FLOAT: "F32",
-    ir.DataType.FLOAT16: "F16",
-    ir.DataType.BFLOAT16: "BF16",
+_SAFETENSORS_DTYPES = {ir.DataType[item.onnx]: item.safetensors for item in PRECISIONS.values()}
+_SAFETENSORS_DTYPES |= {
     ir.DataType.INT64: "I64",
     ir.DataType.INT32: "I32",
     ir.DataType.BOOL: "BOOL",

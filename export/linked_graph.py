@@ -9,12 +9,10 @@ import onnx
 import onnx_ir as ir
 
 from ditrim.export.weights import LinkedTensor, WeightIndex, link_weights
+from ditrim.plugins.precision import PRECISIONS
 
-_DTYPES = {
-    "F64": ir.DataType.DOUBLE,
-    "F32": ir.DataType.FLOAT,
-    "F16": ir.DataType.FLOAT16,
-    "BF16": ir.DataType.BFLOAT16,
+_DTYPES = {"F64": ir.DataType.DOUBLE} | {
+    item.safetensors: ir.DataType[item.onnx] for item in PRECISIONS.values()
 }
 
 

@@ -221,7 +221,7 @@ def read_merge(
     Args:
         loras: file and scale of each, in order.
         shapes: of the model's weights, by name.
-        architecture: "qwen" or "flux".
+        architecture: its name in `ARCHITECTURES`.
 
     Raises:
         CheckpointError: one holds something that cannot be merged; names it.

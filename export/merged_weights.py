@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ditrim.export.lora import Merge
 from ditrim.export.weights import LinkedTensor, WeightIndex
+from ditrim.plugins.precision import precision_of
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +71,7 @@ def write_merged(
 
 def _places(names: list[str], weights: WeightIndex, dtype: torch.dtype) -> dict[str, LinkedTensor]:
     """Where each tensor goes, from the end of the header."""
-    label = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}[str(dtype)]
+    label = precision_of(dtype).safetensors
     offset, places = 0, {}
     for name in names:
         shape = weights.tensors[name].shape

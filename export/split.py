@@ -188,9 +188,17 @@ class FrontGraph(_Graph):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Hidden states of image and text, and the time embeddings (noisy, reference)."""
         latents = torch.cat([noisy_latents, reference_latents], dim=1)  # (B, G + C, c)
-        embed, inputs = ARCHITECTURES[self.architecture].embed, (timestep, guidance, pooled_text)
-        has_reference_temb = self.has_reference_temb
-        return embed(self, latents, text_embeds, *inputs, has_reference_temb=has_reference_temb)
+        # These stay float32 up to the sinusoids: 1000 in bfloat16 is coarse.
+        timestep, guidance = timestep.float(), None if guidance is None else guidance.float()
+        return ARCHITECTURES[self.architecture].embed(
+            self,
+            latents,
+            text_embeds,
+            timestep,
+            guidance,
+            pooled_text,
+            has_reference_temb=self.has_reference_temb,
+        )
 
     def forward(
         self,

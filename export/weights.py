@@ -21,6 +21,7 @@ from ditrim.export.family import FAMILIES, Family
 from ditrim.export.tensor_header import TensorPlace, compare_tensors, read_headers
 from ditrim.export.transformer import empty_transformer
 from ditrim.plugins.errors import CheckpointError
+from ditrim.plugins.precision import precision_of
 
 if TYPE_CHECKING:
     import torch
@@ -108,14 +109,13 @@ def index_placeholder(family: Family, config: Mapping[str, Any], dtype: torch.dt
         config: its configuration.
         dtype: of every tensor.
     """
-    names = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16"}
     model = empty_transformer(family, config, "the configuration")
     offset, tensors = 0, {}
     for name, value in model.state_dict().items():
         num_bytes = value.numel() * dtype.itemsize
         tensors[name] = LinkedTensor(
             file=WEIGHTS_NAME,
-            dtype=names[str(dtype)],
+            dtype=precision_of(dtype).safetensors,
             shape=tuple(value.shape),
             offset=offset,
             num_bytes=num_bytes,

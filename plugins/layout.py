@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from ditrim.plugins.errors import UsageError
 
 # (height, width) of a picture in tokens.
 TokenGrid = tuple[int, int]
+Grids = tuple[TokenGrid, ...]
 
 
-def lengths_of(grids: Iterable[TokenGrid]) -> tuple[int, ...]:
-    """Tokens of each picture."""
-    return tuple(height * width for height, width in grids)
+def lengths_of(grids: Sequence[TokenGrid], length: int | None = None) -> list[int]:
+    """Tokens of each picture; raises `UsageError` where they are not `length` together."""
+    lengths = [height * width for height, width in grids]
+    if length is not None and sum(lengths) != length:
+        raise UsageError(
+            f"grids {list(grids)} hold {sum(lengths)} tokens, the references have {length}"
+        )
+    return lengths
 
 
 def slices_of(lengths: Sequence[int]) -> tuple[slice, ...]:

@@ -2,18 +2,18 @@
 
 Replaces: materialising the attention matrix (rows x keys x heads) to read its sums.
 Limits: forward only. Trade-off: each block's logits are made twice over an anchor step (once a
-role), so that at most `BLOCK_ROWS` rows of logits are alive at a time.
+role), so that at most `PORTABLE_ROWS` rows of logits are alive at a time.
 """
 
 from __future__ import annotations
 
 import torch
 
+from ditrim.plugins.blocks import PORTABLE_ROWS
+
 DOMAIN = "ditrim"
 OP_NAME = "LogSumExp"
 OP_VERSION = 1
-# 64 rows x 8704 keys x 24 heads of float32 logits are 53 MB.
-BLOCK_ROWS = 64
 
 
 def log_sum_exp(
@@ -62,7 +62,7 @@ def log_sum_exp(
         torch.logsumexp(
             torch.matmul(rows * scale, keys.transpose(-1, -2)).float() + bias[:, :, None, :], dim=-1
         )
-        for rows in queries.split(BLOCK_ROWS, dim=2)
+        for rows in queries.split(PORTABLE_ROWS, dim=2)
     ]
     if not blocks:
         return queries.new_zeros(queries.shape[:3], dtype=torch.float32)

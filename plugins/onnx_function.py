@@ -1,7 +1,7 @@
 """`ditrim::LogSumExp` as a model-local ONNX function, so that no runtime needs a custom library.
 
 Replaces: a custom-op library. Limits: standard operators of opset 23 only. Trade-off: rows are
-scored in blocks by a `Scan`, which bounds memory at `BLOCK_ROWS` rows of logits a head.
+scored in blocks by a `Scan`, which bounds memory at `PORTABLE_ROWS` rows of logits a head.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 import onnx
 from onnx import FunctionProto, TensorProto, helper
 
-from ditrim.plugins.log_sum_exp import BLOCK_ROWS, DOMAIN, OP_NAME, OP_VERSION
+from ditrim.plugins.blocks import PORTABLE_ROWS
+from ditrim.plugins.log_sum_exp import DOMAIN, OP_NAME, OP_VERSION
 
 OPSET = 23
 
@@ -96,7 +97,7 @@ def _scan_body() -> onnx.GraphProto:
     return helper.make_graph(nodes, "score_block", [rows], [out])
 
 
-def log_sum_exp_function(block_rows: int = BLOCK_ROWS) -> FunctionProto:
+def log_sum_exp_function(block_rows: int = PORTABLE_ROWS) -> FunctionProto:
     """The portable form of `LogSumExp(queries, keys, bias; scale) -> result`.
 
     Args:

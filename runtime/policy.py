@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ditrim.plugins.errors import UsageError
-from ditrim.plugins.layout import TokenGrid
+from ditrim.plugins.layout import Grids, TokenGrid
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,7 +70,7 @@ class CallView:
     step: int
     branch: str
     ladder: Ladder
-    grids: tuple[TokenGrid, ...] | None
+    grids: Grids | None
     noisy: Tensor | None = None
     reference: Tensor | None = None
     influence: Tensor | None = None
@@ -82,7 +82,7 @@ class CallView:
     rows: Tensor | None = None
 
     @property
-    def reference_grids(self) -> tuple[TokenGrid, ...]:
+    def reference_grids(self) -> Grids:
         """(height, width) of each reference."""
         return self._known_grids()[1:]
 
@@ -91,7 +91,7 @@ class CallView:
         """(height, width) of the picture in the making."""
         return self._known_grids()[0]
 
-    def _known_grids(self) -> tuple[TokenGrid, ...]:
+    def _known_grids(self) -> Grids:
         if self.grids is None:
             raise UsageError(
                 "this policy needs to know where tokens lie, and the picture ids of this request "
@@ -118,7 +118,7 @@ class StepView:
 
     step: int
     ladder: Ladder
-    grids: tuple[TokenGrid, ...] | None
+    grids: Grids | None
     latents: Tensor
     velocity: Tensor
     branches: Mapping[str, Tensor]

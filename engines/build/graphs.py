@@ -20,6 +20,7 @@ from ditrim.engines.sets.profiles import plan_roles
 from ditrim.engines.sets.specs import TensorSpec
 from ditrim.engines.sets.staging import check_free_space
 from ditrim.plugins.errors import DitrimError
+from ditrim.plugins.precision import PRECISIONS
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 # Graphs and inline constants, on top of the weights.
 _GRAPH_BYTES = 64_000
 
@@ -86,16 +86,13 @@ class _Samples:
 def write_graphs(task: BuildTask, folder: Path, progress: Progress) -> WrittenGraphs:
     """Load, merge, trace and write FRONT and BACK."""
     progress.stage("Import torch and diffusers")
-    import torch
 
     from ditrim.export.lora import read_merge
     from ditrim.export.split import SplitPoint
     from ditrim.export.transformer import check_overrides, empty_transformer
 
     options, source = task.options, task.source
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[
-        options.precision
-    ]
+    dtype = PRECISIONS[options.precision].dtype
     point = SplitPoint(
         num_layers=task.split.num_layers,
         front_depth=task.split.front_depth,
@@ -218,7 +215,7 @@ def _link_graphs(writing: _Writing, folder: Path, progress: Progress) -> dict[st
     num_bytes = 2 * _GRAPH_BYTES + num_bytes_to_copy(weights, folder)
     num_bytes += num_bytes_merged(writing.merge, weights, writing.dtype)
     if options.builds_plans and not options.weights_stripped:
-        num_bytes += count * _ELEMENT_BYTES[options.precision] * (1 + options.separate_anchor)
+        num_bytes += count * PRECISIONS[options.precision].num_bytes * (1 + options.separate_anchor)
     check_free_space(folder, num_bytes)
     writing.samples.add_files(checkpoint)
     if writing.merge.changes:
@@ -262,7 +259,9 @@ def _load(writing: _Writing, folder: Path, progress: Progress) -> Any:
     copies = 1 + options.separate_anchor
     if options.builds_plans and not options.weights_stripped:
         copies *= 2
-    check_free_space(folder, copies * count * _ELEMENT_BYTES[options.precision] + 2 * _GRAPH_BYTES)
+    check_free_space(
+        folder, copies * count * PRECISIONS[options.precision].num_bytes + 2 * _GRAPH_BYTES
+    )
 
     def merged(name: str, weight: torch.Tensor) -> torch.Tensor:
         if name not in merge:
@@ -331,12 +330,8 @@ def graph_spec(model: ir.Model, file: str) -> GraphSpec:
 def _tensor_spec(value: ir.Value) -> TensorSpec:
     import onnx_ir as ir
 
-    names = {
-        ir.DataType.FLOAT: "float32",
-        ir.DataType.FLOAT16: "float16",
-        ir.DataType.BFLOAT16: "bfloat16",
-        ir.DataType.INT64: "int64",
-    }
+    names = {ir.DataType[item.onnx]: item.torch_name for item in PRECISIONS.values()}
+    names[ir.DataType.INT64] = "int64"
     assert value.shape is not None
     assert value.dtype is not None
     shape = tuple(axis if isinstance(axis, int) else str(axis.value) for axis in value.shape)

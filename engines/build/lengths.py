@@ -11,13 +11,12 @@ from ditrim.engines.sets.ladder import Ladder
 from ditrim.engines.sets.profiles import AxisRange, Ranges
 from ditrim.engines.sets.specs import Limits
 from ditrim.plugins.architectures import ARCHITECTURES
+from ditrim.plugins.blocks import TOKEN_PIXELS
 from ditrim.plugins.errors import LadderError, UsageError
 
 if TYPE_CHECKING:
     from ditrim.export.family import Family
 
-# Pixels a token spans: the VAE's factor 8 and patches of 2.
-TOKEN_PIXELS = 16
 _DEFAULT_BATCH = 4
 _DEFAULT_RUNGS = 8
 # The shipped editor: 12x12 tokens a picture, with one reference of 18x18 beside one of 12x12.

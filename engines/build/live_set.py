@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 
-from ditrim.engines.backends.torch.engines import PRECISIONS, dtype_of
+from ditrim.engines.backends.torch.engines import dtype_of
 from ditrim.engines.build.options import BuildOptions
 from ditrim.engines.build.source import Source, choose_split, read_calibration, small_editor_folder
 from ditrim.engines.sets.engine_set import EngineSet
@@ -22,12 +22,12 @@ from ditrim.export.family import FAMILIES, Family
 from ditrim.plugins.architectures import ARCHITECTURES
 from ditrim.plugins.architectures.transformers import architecture_of
 from ditrim.plugins.errors import UsageError
+from ditrim.plugins.precision import PRECISIONS, precision_of
 
 # A length is a fact here, not something that was built: these only catch slips of the finger.
 _MOST_BATCH = 1 << 10
 _MOST_NOISY = _MOST_REFERENCE = 1 << 18
 _MOST_TEXT = 1 << 16
-_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +100,7 @@ def describe(
         UsageError: K, L or the granularity do not fit.
     """
     config = {key: value for key, value in dict(transformer.config).items() if key[0] != "_"}
-    precision = PRECISIONS[dtype_of(transformer)]
+    precision = precision_of(dtype_of(transformer)).name
     options = BuildOptions(
         model=family.name,
         preset="small" if is_small else None,
@@ -164,7 +164,7 @@ def _open_ended(ladder: Ladder) -> Ladder:
 def _graphs(transformer: Any, precision: str) -> dict[str, GraphSpec]:
     """Tensors of FRONT and BACK, as far as the runtime asks for them."""
     config, width = transformer.config, transformer.inner_dim
-    dtype = _NAMES[precision]
+    dtype = PRECISIONS[precision].torch_name
 
     def spec(name: str, *shape: str | int, of: str = dtype) -> TensorSpec:
         return TensorSpec(name=name, dtype=of, shape=shape)

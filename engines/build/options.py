@@ -19,13 +19,13 @@ from ditrim.engines.build.lengths import (
     usual_references,
 )
 from ditrim.engines.sets.ladder import Ladder
-from ditrim.engines.sets.manifest import PRECISIONS
 from ditrim.engines.sets.profiles import ProfileSpec, Ranges, ladder_profiles, plan_roles
 from ditrim.engines.sets.specs import Limits
 from ditrim.export.family import Family, family_named
 from ditrim.export.lora import LoraChoice
 from ditrim.plugins.architectures import ARCHITECTURES
 from ditrim.plugins.errors import UsageError
+from ditrim.plugins.precision import PRECISIONS
 
 BACKENDS = ("onnxruntime", "tensorrt", "tensorrt-rtx")
 # These build plans; the other runs the graphs.
@@ -202,7 +202,7 @@ class BuildOptions:
         expect_one_of("--backend", self.backend, BACKENDS)
         if not self.precision:
             object.__setattr__(self, "precision", _DEFAULT_PRECISION[self.backend])
-        expect_one_of("--precision", self.precision, PRECISIONS)
+        expect_one_of("--precision", self.precision, tuple(PRECISIONS))
         if self.precision == "bf16" and self.backend == "onnxruntime":
             raise UsageError(
                 "--precision bf16 is not available with --backend onnxruntime: its CPU provider "

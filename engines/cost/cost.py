@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ditrim.engines.cost.flops import CallSize, MatrixProduct, block_products, graph_products
-from ditrim.engines.cost.memory import ELEMENT_BYTES
 from ditrim.engines.cost.parameters import complete_config, count_parameters
 from ditrim.plugins.errors import UsageError
+from ditrim.plugins.precision import PRECISIONS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +76,7 @@ class ModelCost:
 
     Attributes:
         config: of the diffusers transformer.
-        architecture: "qwen" or "flux".
+        architecture: its name in `ARCHITECTURES`.
         front_depth, num_layers: K and the number of blocks.
         num_scored: layers that an anchor step scores.
         precision: "fp32", "fp16" or "bf16".
@@ -122,7 +122,7 @@ class ModelCost:
     def block(self, layer: int, size: CallSize, *, is_last: bool = False) -> Cost:
         """One block, without its weights' biases and norms; `is_last` as in `block_products`."""
         products = block_products(self.config, self.architecture, layer, size, is_last=is_last)
-        element = ELEMENT_BYTES[self.precision]
+        element = PRECISIONS[self.precision].num_bytes
         weights = sum(p.k * p.n * p.count for p in products if not p.is_batched)
         return Cost(
             flops=sum(product.flops for product in products),
@@ -132,7 +132,9 @@ class ModelCost:
 
     def gather(self, size: CallSize) -> Cost:
         """The kept hidden states of a reduced step, read and written."""
-        moved = 2 * size.batch * size.num_reference * self._width * ELEMENT_BYTES[self.precision]
+        moved = (
+            2 * size.batch * size.num_reference * self._width * PRECISIONS[self.precision].num_bytes
+        )
         return Cost(activation_bytes=moved)
 
     @property
@@ -159,7 +161,7 @@ class ModelCost:
         self, products: list[MatrixProduct], role: str, size: CallSize, num_blocks: int
     ) -> Cost:
         counts = count_parameters(self.config, self.architecture, self.front_depth)
-        element = ELEMENT_BYTES[self.precision]
+        element = PRECISIONS[self.precision].num_bytes
         return Cost(
             flops=sum(product.flops for product in products),
             weight_bytes=element * (counts.front if role == "front" else counts.back),
@@ -179,7 +181,7 @@ class ModelCost:
             states += references + num_rows
             sums = 2 * num_rows + references  # normalisers, written and read
         sums *= 4 * config["num_attention_heads"]  # float32
-        moved = states * width * ELEMENT_BYTES[self.precision] + sums
+        moved = states * width * PRECISIONS[self.precision].num_bytes + sums
         return Cost(activation_bytes=self.num_scored * size.batch * moved)
 
     def at(self, precision: str) -> ModelCost:

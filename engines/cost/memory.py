@@ -14,17 +14,19 @@ from typing import Any
 from ditrim.engines.cost.flops import CallSize
 from ditrim.engines.cost.parameters import complete_config
 from ditrim.plugins.architectures import ARCHITECTURES
+from ditrim.plugins.blocks import (
+    ONNXRUNTIME_ROWS,
+    PORTABLE_ROWS,
+    RTX_MOST_BLOCKS,
+    RTX_ROWS,
+    num_row_blocks,
+)
+from ditrim.plugins.precision import PRECISIONS
 
-ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 # Hidden states of width d that are alive at the peak, for a token of (image, text); those of plans
 # are the blocks' own (`Stream.states`).
 _ONNXRUNTIME = (20.0, 20.0)  # with its own operators, in float32
 _ONNXRUNTIME_STANDARD = (15.5, 15.5)
-# Rows that are scored at a time: `onnxruntime_graph.BLOCK_ROWS`, beside onnx, and those of the
-# portable function, `log_sum_exp.BLOCK_ROWS`, beside torch.
-_BLOCK_ROWS, _STANDARD_BLOCK_ROWS = 128, 64
-# The same of TensorRT-RTX, and how many blocks: those of `tensorrt_graph`, beside onnx.
-_RTX_BLOCK_ROWS, _RTX_LEAST_BLOCKS, _RTX_MOST_BLOCKS = 512, 8, 16
 # Code of a scored layer in a plan, for each profile: of the layer, and of each block of its rows.
 _SCORING_CODE, _BLOCK_CODE = 600_000, 680_000
 _PLUGIN_CODE = 1_200_000  # assumed
@@ -61,7 +63,7 @@ def activation_bytes(
     stream = known.stream_of(config, layers[-1]) if layers else known.blocks[0].stream
     heads, head_dim = config["num_attention_heads"], config["attention_head_dim"]
     image, text = size.num_noisy + size.num_reference, size.num_text
-    keys, element = image + text, ELEMENT_BYTES[precision]
+    keys, element = image + text, PRECISIONS[precision].num_bytes
     hidden = heads * head_dim * element  # of a token
     rope = 4 * head_dim * keys  # cosines and sines of every token, float32
     is_standard = backend == "onnxruntime" and precision != "fp32"
@@ -77,13 +79,13 @@ def activation_bytes(
         # comes on top for the others.
         over_keys, over_rows = stream.logits
         logits = over_keys * _rtx_block_rows(num_rows) * keys
-        logits += over_rows * size.num_reference / _num_rtx_blocks(num_rows) * num_rows
+        logits += over_rows * size.num_reference / num_row_blocks(num_rows) * num_rows
         peak += logits * heads * element
         peak += hidden * keys if num_scored > 1 else 0
     elif num_rows:
         block_rows = 0
         if backend == "onnxruntime":
-            block_rows = _STANDARD_BLOCK_ROWS if is_standard else _BLOCK_ROWS
+            block_rows = PORTABLE_ROWS if is_standard else ONNXRUNTIME_ROWS
         peak += num_scored * _scoring_bytes(heads, head_dim, size, num_rows, element, block_rows)
     return round(size.batch * peak) + (backend != "onnxruntime") * _LIBRARY_BYTES
 
@@ -92,22 +94,15 @@ def scoring_code_bytes(backend: str, num_rows: int) -> int:
     """What a scored layer adds to a plan for each profile, where up to so many rows are scored."""
     if backend != "tensorrt-rtx":
         return _PLUGIN_CODE
-    return _SCORING_CODE + _BLOCK_CODE * _num_rtx_blocks(num_rows)
-
-
-def _num_rtx_blocks(rows: int) -> int:
-    """`tensorrt_graph.num_row_blocks`."""
-    if rows <= _RTX_BLOCK_ROWS:
-        return 1
-    return min(max(-(-rows // _RTX_BLOCK_ROWS), _RTX_LEAST_BLOCKS), _RTX_MOST_BLOCKS)
+    return _SCORING_CODE + _BLOCK_CODE * num_row_blocks(num_rows)
 
 
 def _rtx_block_rows(rows: int) -> int:
     """The most rows that TensorRT-RTX scores at a time where up to so many are scored.
 
-    Between 513 and 4095 rows `tensorrt_graph.num_row_blocks` makes them smaller than this.
+    Between 513 and 4095 rows `num_row_blocks` makes them smaller than this.
     """
-    return min(rows, max(_RTX_BLOCK_ROWS, -(-rows // _RTX_MOST_BLOCKS)))
+    return min(rows, max(RTX_ROWS, -(-rows // RTX_MOST_BLOCKS)))
 
 
 def _scoring_bytes(
@@ -134,7 +129,7 @@ def seam_bytes(
     """FRONT's outputs, the references gathered from them, RoPE tables and latents of a call."""
     config = complete_config(config, architecture)
     head_dim = config["attention_head_dim"]
-    width, element = config["num_attention_heads"] * head_dim, ELEMENT_BYTES[precision]
+    width, element = config["num_attention_heads"] * head_dim, PRECISIONS[precision].num_bytes
     image = size.num_noisy + size.num_reference
     states = (image + size.num_reference + size.num_text + 2) * width
     latents = (image + size.num_noisy) * config["in_channels"]

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ditrim.engines.build.lengths import TOKEN_PIXELS
 from ditrim.engines.build.options import PLAN_BACKENDS, BuildOptions
+from ditrim.plugins.blocks import TOKEN_PIXELS
 from ditrim.plugins.errors import UsageError
 
 

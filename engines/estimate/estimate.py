@@ -12,13 +12,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ditrim.engines.build.lengths import TOKEN_PIXELS
 from ditrim.engines.build.options import PLAN_BACKENDS, BuildOptions
 from ditrim.engines.build.source import Source, choose_split, find_source
 from ditrim.engines.cost.devices import DEVICES, Device, device_named, present_device
 from ditrim.engines.cost.flops import CallSize
 from ditrim.engines.cost.memory import (
-    ELEMENT_BYTES,
     activation_bytes,
     scoring_code_bytes,
     seam_bytes,
@@ -28,6 +26,8 @@ from ditrim.engines.estimate.advice import Change, changes
 from ditrim.engines.sets.profiles import is_scored, plan_roles
 from ditrim.plugins.architectures import ARCHITECTURES
 from ditrim.plugins.architectures.architecture import Companion
+from ditrim.plugins.blocks import TOKEN_PIXELS
+from ditrim.plugins.precision import PRECISIONS
 
 # A plan's kernels of all that is not a block, for each profile. Read off TensorRT-RTX 1.7.1.
 _PROFILE_BYTES = {"front": 1_350_000, "back": 800_000}
@@ -382,7 +382,7 @@ class _Figures:
         """Host memory while the graphs are written."""
         # Random weights are drawn in float32.
         is_random = self.options.weights == "random"
-        element = 4 if is_random else ELEMENT_BYTES[self.options.precision]
+        element = 4 if is_random else PRECISIONS[self.options.precision].num_bytes
         return _TORCH_BYTES + (0 if self._is_linked() else self.num_parameters * element)
 
     def build_plans_bytes(self) -> int:
@@ -412,7 +412,7 @@ def _plan(
     num_scored: int,
 ) -> PlanEstimate:
     architecture, ladder = options.family.architecture, options.reference_ladder
-    weights = num_parameters * ELEMENT_BYTES[options.precision]
+    weights = num_parameters * PRECISIONS[options.precision].num_bytes
     scores = is_scored(role, separate_anchor=options.separate_anchor)
     if options.backend in PLAN_BACKENDS:
         known = ARCHITECTURES[architecture]

@@ -14,11 +14,11 @@ from ditrim.engines.sets.profiles import PLAN_ROLES, AxisRange, ProfileSpec
 from ditrim.engines.sets.specs import AXES, Limits, TensorSpec
 from ditrim.plugins.architectures import ARCHITECTURES
 from ditrim.plugins.errors import EngineSetError, LadderError
+from ditrim.plugins.precision import PRECISIONS
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 ROLES = ("front", "back")
-PRECISIONS = ("fp32", "fp16", "bf16")
 WEIGHTS = ("included", "stripped")
 _SEAL = "manifest_sha256"
 _SAMPLE_BYTES = 4
@@ -77,7 +77,7 @@ class Manifest:
         identity: SHA-256 over all that the build depended on.
         ditrim_version: of the builder.
         model: the family's name.
-        architecture: "qwen" or "flux".
+        architecture: its name in `ARCHITECTURES`.
         transformer_class, pipeline_class: names in diffusers.
         transformer_config: the transformer's whole configuration.
         num_layers: blocks in all (FLUX: double-stream, then single-stream).
@@ -291,7 +291,7 @@ def _manifest_from(content: dict[str, Any]) -> Manifest:
             layers_source=reader.take("layers_source", str),
             ladder=_ladder_from(reader.take("ladder", dict)),
             limits=_limits_from(reader.take("limits", dict)),
-            precision=reader.choice("precision", PRECISIONS),
+            precision=reader.choice("precision", tuple(PRECISIONS)),
             backend=reader.take("backend", str),
             backend_version=reader.take("backend_version", str),
             graphs=_graphs_from(reader.take("graphs", dict)),

@@ -46,7 +46,6 @@ def _embed(
     *,
     has_reference_temb: bool,
 ) -> tuple[Tensor, Tensor, Tensor, None]:
-    # Graphs take them in float32: 1000 in bfloat16 is coarse.
     arguments = [timestep * 1000]
     if guidance is not None:
         arguments.append(guidance * 1000)

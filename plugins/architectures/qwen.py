@@ -44,10 +44,10 @@ def _embed(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     hidden = modules.img_in(latents)
     text = modules.txt_in(modules.txt_norm(text_embeds))
-    temb = modules.time_text_embed(timestep.float(), hidden)
+    temb = modules.time_text_embed(timestep, hidden)
     reference_temb = None
     if has_reference_temb:
-        reference_temb = modules.time_text_embed(timestep.float() * 0, hidden)
+        reference_temb = modules.time_text_embed(timestep * 0, hidden)
     return hidden, text, temb, reference_temb
 
 

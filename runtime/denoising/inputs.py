@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ditrim.plugins.errors import DitrimError, LadderError, UsageError
-from ditrim.plugins.layout import Layout, TokenGrid
+from ditrim.plugins.layout import Grids, Layout
 from ditrim.runtime.denoising.rope import RopeTables
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class ModelInputs:
     make_rope: Callable[[], RopeTables]
 
     @property
-    def grids(self) -> tuple[TokenGrid, ...] | None:
+    def grids(self) -> Grids | None:
         """(height, width) in tokens of the noisy picture and of each reference."""
         return None if self.layout is None else self.layout.grids
 

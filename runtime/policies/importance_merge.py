@@ -42,7 +42,7 @@ from ditrim.runtime.tokens.draws import generator_of
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ditrim.runtime.policies.merging import Grids
+    from ditrim.plugins.layout import Grids
     from ditrim.runtime.tokens.matching import Merge
 
 METRICS = ("features", "places")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ditrim.plugins.errors import UsageError
-from ditrim.plugins.layout import TokenGrid
+from ditrim.plugins.layout import Grids
 from ditrim.runtime.policy import CallView, Reduction
 
 if TYPE_CHECKING:
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from ditrim.runtime.tokens.matching import TokenMerge
 
 SCOPES = ("reference", "both")
-Grids = tuple[TokenGrid, ...]
 # (features (B, N, d), grids that hold N tokens, count) -> a merge into `count` tokens.
 Grouping = Callable[["Tensor", Grids, int], "TokenMerge"]
 

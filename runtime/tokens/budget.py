@@ -13,20 +13,10 @@ from torch import Tensor
 
 from ditrim.engines.sets.ladder import Ladder
 from ditrim.plugins.errors import UsageError
+from ditrim.plugins.layout import Grids, lengths_of, slices_of
 
-Grids = Sequence[tuple[int, int]]
 # (scores (B, L), grids, count) -> (B, count), as `select_with_coverage` and `select_top` are.
 Selection = Callable[[Tensor, Grids, int], Tensor]
-
-
-def lengths_of(grids: Grids, length: int | None = None) -> list[int]:
-    """Tokens of each reference; raises `UsageError` where they are not `length` together."""
-    lengths = [height * width for height, width in grids]
-    if length is not None and sum(lengths) != length:
-        raise UsageError(
-            f"grids {list(grids)} hold {sum(lengths)} tokens, the references have {length}"
-        )
-    return lengths
 
 
 def select_top(scores: Tensor, grids: Grids, count: int) -> Tensor:
@@ -125,13 +115,12 @@ def select_by_budget(
         (B, K') int64, ascending in each row.
     """
     counts = budget_counts(grids, budgets)
-    kept, start = [], 0
-    lengths = lengths_of(grids, scores.shape[1])
-    for grid, length, count in zip(grids, lengths, counts, strict=True):
-        if count:
-            part = scores[:, start : start + length]
-            kept.append(selection(part, (grid,), count) + start)
-        start += length
+    parts = slices_of(lengths_of(grids, scores.shape[1]))
+    kept = [
+        selection(scores[:, part], (grid,), count) + part.start
+        for grid, part, count in zip(grids, parts, counts, strict=True)
+        if count
+    ]
     return fill_up(torch.cat(kept, dim=1), scores, ladder.round_up(sum(counts)))
 
 

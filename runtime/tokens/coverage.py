@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from ditrim.plugins.errors import UsageError
-from ditrim.runtime.tokens.budget import Grids, lengths_of, share_out
+from ditrim.plugins.layout import Grids, lengths_of, slices_of
+from ditrim.runtime.tokens.budget import share_out
 
 _CERTAIN = 1 - 1e-9
 
@@ -70,10 +71,7 @@ def select_with_coverage(
         shares = [share_out(row, lengths, count, fair) for row in mass.tolist()]
         counts = torch.tensor(shares, device=device)  # (B, references)
     keeps = []
-    start = 0
-    for index, part in enumerate(lengths):
-        here = slice(start, start + part)
-        start += part
+    for index, here in enumerate(slices_of(lengths)):
         if counts is None:
             keeps.append(_draw(weights[:, here], chances, torch.tensor([[count]], device=device)))
             continue
@@ -129,13 +127,10 @@ def _weights(influence: Tensor, exponent: float, floor: float) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _curve(grids: tuple[tuple[int, int], ...]) -> Tensor:
+def _curve(grids: Grids) -> Tensor:
     """All references' tokens, each reference along a Hilbert curve: (C,) int64."""
-    parts, start = [], 0
-    for height, width in grids:
-        parts.append(hilbert_order(height, width) + start)
-        start += height * width
-    return torch.cat(parts)
+    parts = zip(grids, slices_of(lengths_of(grids)), strict=True)
+    return torch.cat([hilbert_order(*grid) + part.start for grid, part in parts])
 
 
 def hilbert_order(height: int, width: int) -> Tensor:

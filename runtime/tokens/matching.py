@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from ditrim.plugins.errors import UsageError
+from ditrim.plugins.layout import Grids, lengths_of, slices_of
 
-Grids = tuple[tuple[int, int], ...]
 Similarity = Literal["cosine", "distance"]
 
 _CHUNK = 4096  # rows of a similarity matrix held at a time
@@ -350,16 +350,15 @@ def cell_destinations(grids: Grids, generator: torch.Generator, *, cell: int = 2
 
     Cells at the border of a grid that does not divide evenly are smaller.
     """
-    owners, start = [], 0
-    for height, width in grids:
-        across = -(-width // cell)
+    owners = []
+    cells = slices_of([-(-height // cell) * -(-width // cell) for height, width in grids])
+    for (height, width), part in zip(grids, cells, strict=True):
         rows, columns = torch.arange(height) // cell, torch.arange(width) // cell
-        owners.append((rows[:, None] * across + columns).flatten() + start)
-        start += across * -(-height // cell)
+        owners.append((rows[:, None] * -(-width // cell) + columns).flatten() + part.start)
     owner = torch.cat(owners)
     draws = torch.rand(len(owner), generator=generator, dtype=torch.float64)
     order = (owner + draws).argsort(stable=True)
-    firsts = torch.searchsorted(owner[order].contiguous(), torch.arange(start))
+    firsts = torch.searchsorted(owner[order].contiguous(), torch.arange(cells[-1].stop))
     return order[firsts]
 
 
@@ -430,7 +429,7 @@ class _TilePlan:
 @lru_cache(maxsize=32)
 def _tiles(grids: Grids, side: int, num_kept: int) -> _TilePlan:
     """Cut grids into tiles and share the kept tokens out among them."""
-    total = sum(height * width for height, width in grids)
+    total = sum(lengths_of(grids))
     tiles = _cut(grids, side)
     while len(tiles) > num_kept and side < max(max(grid) for grid in grids):
         side *= 2
@@ -461,15 +460,14 @@ def _tiles(grids: Grids, side: int, num_kept: int) -> _TilePlan:
 
 def _cut(grids: Grids, side: int) -> list[Tensor]:
     """Tiles of side x side tokens, smaller at the borders: the tokens of each."""
-    tiles, start = [], 0
-    for height, width in grids:
-        tokens = torch.arange(start, start + height * width).view(height, width)
+    tiles = []
+    for (height, width), part in zip(grids, slices_of(lengths_of(grids)), strict=True):
+        tokens = torch.arange(part.start, part.stop).view(height, width)
         tiles += [
             tokens[y : y + side, x : x + side].flatten()
             for y in range(0, height, side)
             for x in range(0, width, side)
         ]
-        start += height * width
     return tiles
 
 
@@ -477,5 +475,5 @@ def _check(metric: Tensor, num_kept: int, grids: Grids | None = None) -> None:
     length = metric.shape[1]
     if not 1 <= num_kept <= length:
         raise UsageError(f"cannot keep {num_kept} of {length} tokens; keep 1 to {length}")
-    if grids is not None and sum(height * width for height, width in grids) != length:
+    if grids is not None and sum(lengths_of(grids)) != length:
         raise UsageError(f"grids {grids} do not hold {length} tokens")

@@ -370,7 +370,7 @@ def _resolutions(asked: Sequence[str], manifest: Manifest) -> dict[str, str]:
 
 def _picture_grid(text: str, manifest: Manifest) -> tuple[int, int]:
     """(height, width) in tokens of a picture of WxH pixels."""
-    from ditrim.engines.build.lengths import TOKEN_PIXELS
+    from ditrim.plugins.blocks import TOKEN_PIXELS
 
     config = manifest.transformer_config
     patch = int(config["patch_size"])

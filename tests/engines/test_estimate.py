@@ -198,18 +198,9 @@ def test_activations_on_a_cpu_are_as_onnx_runtime_took(case: Any) -> None:
     assert estimated == pytest.approx(taken, rel=0.12)
 
 
-def test_rows_are_scored_in_blocks_of_onnx_runtimes_functions() -> None:
-    from ditrim.engines.backends.onnxruntime import graph as onnxruntime_graph
-    from ditrim.engines.cost import memory
-    from ditrim.plugins import log_sum_exp
-
-    assert memory._BLOCK_ROWS == onnxruntime_graph.BLOCK_ROWS
-    assert memory._STANDARD_BLOCK_ROWS == log_sum_exp.BLOCK_ROWS
-
-
 def test_blocks_of_tensorrt_rtx_are_those_of_its_graph() -> None:
-    from ditrim.engines.backends.tensorrt.graph import num_row_blocks
     from ditrim.engines.cost import memory
+    from ditrim.plugins.blocks import num_row_blocks
 
     for rows in [*range(1, 9000), 16384, 100_000]:
         blocks = num_row_blocks(rows)

@@ -18,7 +18,6 @@ from onnx import TensorProto, helper
 from tiny import FAMILY_NAMES, make_call, tiny_transformer
 
 from ditrim.engines.backends.onnxruntime.graph import (
-    BLOCK_ROWS,
     column_sums_function,
     use_own_operators,
 )
@@ -27,6 +26,7 @@ from ditrim.export.checkpoint import find_checkpoint
 from ditrim.export.family import FAMILIES
 from ditrim.export.graph import export_graph, write_graph
 from ditrim.export.split import SplitPoint
+from ditrim.plugins.blocks import ONNXRUNTIME_ROWS
 
 Array = NDArray[np.floating[Any]]
 LAYERS = (2, 3)  # the last layer too
@@ -89,10 +89,10 @@ def test_column_sums_agree_with_the_float64_reference(rows: int, keys: int) -> N
     assert np.abs(found - expected).max() <= 1e-5 * rows
 
 
-@pytest.mark.parametrize("rows", [BLOCK_ROWS - 1, BLOCK_ROWS, 2 * BLOCK_ROWS + 1])
+@pytest.mark.parametrize("rows", [ONNXRUNTIME_ROWS - 1, ONNXRUNTIME_ROWS, 2 * ONNXRUNTIME_ROWS + 1])
 def test_rows_around_the_real_block(rows: int) -> None:
     queries, others = random_rows(rows, 70)
-    found = column_sums(queries, others, 0.35, BLOCK_ROWS)
+    found = column_sums(queries, others, 0.35, ONNXRUNTIME_ROWS)
     np.testing.assert_allclose(found, column_sums_reference(queries, others, 0.35), rtol=2e-5)
 
 

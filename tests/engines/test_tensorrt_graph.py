@@ -14,18 +14,16 @@ from onnx import TensorProto, helper
 
 from ditrim.engines.backends.tensorrt.builder import build_plan
 from ditrim.engines.backends.tensorrt.graph import (
-    BLOCK_ROWS,
-    MOST_BLOCKS,
     NEW_OPERATORS,
     graph_for_backend,
     log_sum_exp_unrolled,
-    num_row_blocks,
 )
 from ditrim.engines.backends.tensorrt.request import PlanRequest, Target
 from ditrim.engines.build.build import run_build
 from ditrim.engines.build.options import BuildOptions
 from ditrim.engines.sets.specs import TensorSpec
 from ditrim.export.assemble import check_linked
+from ditrim.plugins.blocks import RTX_MOST_BLOCKS, RTX_ROWS, num_row_blocks
 from ditrim.plugins.log_sum_exp import DOMAIN
 from ditrim.plugins.onnx_function import OPSET, log_sum_exp_function
 from ditrim.plugins.reference import log_sum_exp_reference
@@ -96,9 +94,9 @@ def test_result_beyond_the_finite_spoils_no_later_block() -> None:
 
 
 def test_blocks_are_of_512_rows_where_there_are_enough_of_them() -> None:
-    assert [num_row_blocks(rows) for rows in (1, 144, BLOCK_ROWS)] == [1, 1, 1]
+    assert [num_row_blocks(rows) for rows in (1, 144, RTX_ROWS)] == [1, 1, 1]
     assert [num_row_blocks(rows) for rows in (513, 1024, 4096, 4097)] == [8, 8, 8, 9]
-    assert num_row_blocks(16 * BLOCK_ROWS) == num_row_blocks(100_000) == MOST_BLOCKS == 16
+    assert num_row_blocks(16 * RTX_ROWS) == num_row_blocks(100_000) == RTX_MOST_BLOCKS == 16
 
 
 def test_portable_model_is_left_as_it_is() -> None:

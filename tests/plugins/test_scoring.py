@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from ditrim.plugins.log_sum_exp import BLOCK_ROWS, influence, log_sum_exp
+from ditrim.plugins.blocks import PORTABLE_ROWS
+from ditrim.plugins.log_sum_exp import influence, log_sum_exp
 from ditrim.plugins.onnx_function import log_sum_exp_function
 from ditrim.plugins.reference import (
     influence_reference,
@@ -27,7 +28,7 @@ from ditrim.plugins.reference import (
 Array = NDArray[np.float32]
 
 
-def onnx_model(scale: float, block_rows: int = BLOCK_ROWS) -> onnx.ModelProto:
+def onnx_model(scale: float, block_rows: int = PORTABLE_ROWS) -> onnx.ModelProto:
     def value(name: str, *axes: str) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(name, TensorProto.FLOAT, axes)
 
@@ -175,6 +176,6 @@ def test_peak_memory_stays_far_below_rows_times_keys_times_heads(tmp_path: Any) 
     )
     everything = 1024 * 4096 * 8 * 4  # 134 MB of float32 logits
     # Three buffers of one block's logits, the padded queries, and the transposed keys.
-    bound = 3 * BLOCK_ROWS * 4096 * 8 * 4 + 2 * (1024 + 4096) * 8 * 64 * 4
+    bound = 3 * PORTABLE_ROWS * 4096 * 8 * 4 + 2 * (1024 + 4096) * 8 * 64 * 4
     assert bound < everything / 2
     assert int(done.stdout) < bound

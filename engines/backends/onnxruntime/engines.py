@@ -16,6 +16,7 @@ import torch
 from ditrim.engines.forking import check_not_forked
 from ditrim.engines.sets.engine_set import EngineSet
 from ditrim.plugins.errors import BackendError, UsageError
+from ditrim.plugins.precision import PRECISIONS
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # ONNX TensorProto element types.
 _ELEMENT_TYPES = {
     torch.float32: 1,
@@ -110,7 +110,7 @@ class OnnxRuntimeEngines:
         import onnxruntime as ort
 
         self.engine_set = engine_set
-        self.dtype = _DTYPES[engine_set.manifest.precision]
+        self.dtype = PRECISIONS[engine_set.manifest.precision].dtype
         self.device, self.choice = choose_device(device)
         provider: tuple[str, dict[str, Any]] = ("CPUExecutionProvider", {})
         if self.device.type == "cuda":

@@ -9,7 +9,8 @@ Replaces, in float32 graphs:
   its sum over rows, with one product over all keys where the portable form takes two.
 
 Limits: ONNX Runtime alone has these operators. Sets of 16 bits, which no CPU runs, keep the
-standard ones. Trade-off: `BLOCK_ROWS` rows of logits are alive at a time while a layer is scored.
+standard ones. Trade-off: `ONNXRUNTIME_ROWS` rows of logits are alive at a time while a layer is
+scored.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING
 import onnx
 from onnx import TensorProto, helper
 
+from ditrim.plugins.blocks import ONNXRUNTIME_ROWS
 from ditrim.plugins.log_sum_exp import DOMAIN, OP_NAME
 from ditrim.plugins.onnx_function import OPSET, int_constant
 
@@ -28,9 +30,6 @@ if TYPE_CHECKING:
 
 CONTRIB = "com.microsoft"
 COLUMN_SUMS = "ColumnSums"
-# 128 rows x 2112 keys x 8 heads of float32 logits are 9 MB. Half of them took 9 % longer, twice as
-# many no less.
-BLOCK_ROWS = 128
 # (B, L, H, D) <-> (B, H, L, D)
 _SWAP = [0, 2, 1, 3]
 
@@ -69,7 +68,7 @@ def use_own_operators(model: ir.Model, num_heads: int) -> None:
             del model.functions[DOMAIN, OP_NAME, ""]
 
 
-def column_sums_function(block_rows: int = BLOCK_ROWS) -> onnx.FunctionProto:
+def column_sums_function(block_rows: int = ONNXRUNTIME_ROWS) -> onnx.FunctionProto:
     """`ColumnSums(queries, keys; scale) -> sums`: attention that keys receive, summed over rows.
 
     (B, H, R, D), (B, H, N, D) -> (B, H, N) float32: the sum over rows of softmax(scale q k), of

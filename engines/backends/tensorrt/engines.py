@@ -50,16 +50,10 @@ from ditrim.engines.sets.engine_set import EngineSet
 from ditrim.engines.sets.manifest import PlanSpec
 from ditrim.engines.sets.specs import TensorSpec
 from ditrim.plugins.errors import BackendError, UsageError
+from ditrim.plugins.precision import PRECISIONS
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "int64": torch.int64,
-}
-_PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _MOST_PENDING = 32
 
 
@@ -125,7 +119,7 @@ class TensorRTEngines:
             check_target(manifest, ordinal=ordinal, folder=engine_set.folder)
             library = open_library(manifest.backend)
         self.engine_set = engine_set
-        self.dtype = _PRECISIONS[manifest.precision]
+        self.dtype = PRECISIONS[manifest.precision].dtype
         self._library = library
         self._hardware: Hardware = hardware if hardware is not None else CudaHardware(ordinal)
         self.device = self._hardware.device
@@ -199,7 +193,7 @@ class TensorRTEngines:
         return self._plans[role] if role in self._plans else self._plans["back"]
 
     def _check_tensor(self, spec: TensorSpec, tensor: torch.Tensor, role: str) -> None:
-        dtype = _DTYPES[spec.dtype]
+        dtype = getattr(torch, spec.dtype)
         if tensor.dtype != dtype or tensor.device != self.device or not tensor.is_contiguous():
             raise UsageError(
                 f"{role}: {spec.name} is {tensor.dtype} on {tensor.device} with strides "

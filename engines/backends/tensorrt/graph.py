@@ -30,13 +30,6 @@ from ditrim.plugins.onnx_function import (
 )
 from ditrim.plugins.strip import scoring_graph_for_backend
 
-# The logits of 24 heads, 512 rows and 8704 keys are 214 MB in bf16, less than the rest of a block
-# of that size takes, and a second halving saved 57 MB of 747. Fewer than 8 blocks were not kept
-# apart by TensorRT-RTX 1.7.1 at every length (`docs/guide/tensorrt.md`).
-BLOCK_ROWS = 512
-LEAST_BLOCKS, MOST_BLOCKS = 8, 16
-
-
 # What graphs hold of opset 23. `Attention` has an importer from TensorRT 10.14 on, the others from
 # 10.15; the notes before that say opset 9 to 20 (onnx-tensorrt, Changelog.md and operators.md).
 _PRIMITIVES_OPSET = 20
@@ -94,13 +87,6 @@ _PRIMITIVES = {
     }""",
 }
 NEW_OPERATORS = tuple(_PRIMITIVES)
-
-
-def num_row_blocks(num_rows: int) -> int:
-    """How many blocks are unrolled where up to so many rows are scored."""
-    if num_rows <= BLOCK_ROWS:
-        return 1
-    return min(max(-(-num_rows // BLOCK_ROWS), LEAST_BLOCKS), MOST_BLOCKS)
 
 
 def log_sum_exp_unrolled(num_blocks: int = 1) -> onnx.FunctionProto:

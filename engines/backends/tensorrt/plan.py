@@ -15,9 +15,10 @@ from ditrim.engines.sets.engine_set import EngineSet
 from ditrim.engines.sets.manifest import PlanSpec
 from ditrim.engines.sets.profiles import shape_of
 from ditrim.plugins.errors import EngineSetError
+from ditrim.plugins.precision import PRECISIONS
 
 # Names of the manifest's element types in TensorRT's DataType.
-_TYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "int64": "INT64"}
+_TYPES = {"int64": "INT64"} | {item.torch_name: item.tensorrt for item in PRECISIONS.values()}
 _SEVERE = ("INTERNAL_ERROR", "ERROR", "WARNING")
 _SHOWN_LINES = 4
 

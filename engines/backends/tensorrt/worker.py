@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ditrim.engines.backends.tensorrt.graph import NEW_OPERATORS, graph_for_backend, num_row_blocks
+from ditrim.engines.backends.tensorrt.graph import NEW_OPERATORS, graph_for_backend
 from ditrim.engines.backends.tensorrt.library import (
     Library,
     capability_name,
@@ -33,6 +33,7 @@ from ditrim.engines.backends.tensorrt.library import (
     rtx_default_capabilities,
     version_numbers,
 )
+from ditrim.plugins.blocks import num_row_blocks
 from ditrim.plugins.errors import BackendError, DitrimError
 
 LEAST_POLYGRAPHY = (0, 53, 6)

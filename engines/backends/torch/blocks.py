@@ -78,17 +78,14 @@ def embed(transformer: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     latents = torch.cat([inputs["noisy_latents"], inputs["reference_latents"]], dim=1)
     # Rounded as diffusers rounds them, which is coarse in bfloat16: a model's results are those.
-    rounded = {
-        name: inputs[name].to(latents.dtype) if name in inputs else None
-        for name in ("timestep", "guidance")
-    }
+    time, guidance = inputs["timestep"].to(latents.dtype), inputs.get("guidance")
     known = ARCHITECTURES[architecture_of(transformer)]
     hidden, text, temb, reference_temb = known.embed(
         transformer,
         latents,
         inputs["text_embeds"],
-        rounded["timestep"],
-        rounded["guidance"],
+        time,
+        None if guidance is None else guidance.to(latents.dtype),
         inputs.get("pooled_text"),
         has_reference_temb=known.has_reference_temb(transformer.config),
     )

@@ -26,8 +26,7 @@ from ditrim.engines.backends.torch.processors import (
 from ditrim.engines.forking import check_not_forked
 from ditrim.engines.sets.engine_set import EngineSet
 from ditrim.plugins.architectures.transformers import blocks_of, listed_blocks
-
-PRECISIONS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+from ditrim.plugins.precision import PRECISIONS
 
 
 class TorchEngines:
@@ -148,7 +147,7 @@ class TorchEngines:
 def dtype_of(transformer: Any) -> torch.dtype:
     """What a transformer computes in; quantised ones say it of what is not quantised."""
     dtype = transformer.dtype
-    return dtype if dtype in PRECISIONS else torch.bfloat16
+    return dtype if dtype in {item.dtype for item in PRECISIONS.values()} else torch.bfloat16
 
 
 def execution_device(transformer: Any) -> torch.device:
