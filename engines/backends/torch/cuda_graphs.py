@@ -1,7 +1,8 @@
 """CUDA graphs of FRONT and BACK, one for each role and shape, a bounded number of them.
 
-Replaces: some thousand kernel launches a call. Limits: weights have to stay where they are, so
-offloading, and loading or switching a LoRA, need another capture; inputs are copied in.
+Replaces: some thousand kernel launches a call. Limits: a graph reads weights where they lay when it
+was captured, with the LoRAs of then, so what changes one of them makes all be captured anew;
+inputs and outputs are copied.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Graph = Callable[[str, Mapping[str, Tensor], Mapping[str, Tensor]], None]
 
@@ -40,6 +41,32 @@ def capture(run: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
+def state_of(transformer: nn.Module) -> object:
+    """What a captured graph took for granted: places of weights, LoRAs and their scales."""
+    facts: list[object] = []
+    for module in transformer.modules():
+        facts.append(id(module))
+        facts += [_place(tensor) for tensor in module._parameters.values() if tensor is not None]
+        if hasattr(module, "active_adapters") and hasattr(module, "scaling"):  # peft's layers
+            facts += [
+                tuple(module.active_adapters),
+                tuple(sorted(module.scaling.items())),
+                tuple(getattr(module, "merged_adapters", ())),
+                bool(getattr(module, "disable_adapters", False)),
+            ]
+        processor = getattr(module, "processor", None)
+        if processor is not None:
+            facts.append(str(getattr(processor, "_attention_backend", None)))
+    return tuple(facts)
+
+
+def _place(tensor: Tensor) -> int:
+    try:
+        return tensor.data_ptr()
+    except (RuntimeError, NotImplementedError):  # of a quantised kind
+        return id(tensor)
+
+
 class CudaGraphs:
     """Runs functions by their captured graphs; threads take turns."""
 
@@ -50,17 +77,29 @@ class CudaGraphs:
         self._most, self._capture = most, capture
         self._lock = threading.Lock()
         self._kept: OrderedDict[Any, _Captured] = OrderedDict()
+        self._state: object = None
 
     def run(
         self,
         graph: Graph,
         role: str,
+        state: object,
         inputs: Mapping[str, Tensor],
         outputs: Mapping[str, Tensor],
     ) -> None:
-        """Run a graph into `outputs`; the first call of a role and shape captures it."""
+        """Run a graph into `outputs`; the first call of a role and shape captures it.
+
+        Args:
+            graph: called with role, inputs and outputs.
+            role: "front", "back" or "anchor".
+            state: equal for as long as a captured graph is right; see `state_of`.
+            inputs, outputs: on the device.
+        """
         key = (role, *((name, tuple(tensor.shape)) for name, tensor in sorted(inputs.items())))
         with self._lock:
+            if state != self._state:
+                self._kept.clear()
+                self._state = state
             captured = self._kept.get(key)
             if captured is None:
                 captured = self._captured(graph, role, inputs, outputs)
@@ -73,11 +112,6 @@ class CudaGraphs:
             captured.replay()
             for name, tensor in outputs.items():
                 tensor.copy_(captured.outputs[name])
-
-    def forget(self) -> None:
-        """Drop every graph, as after a change of the weights' places."""
-        with self._lock:
-            self._kept.clear()
 
     def _captured(
         self,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ditrim.engines.backends.torch.blocks import call_block, embed, run_blocks, streams_of
-from ditrim.engines.backends.torch.cuda_graphs import CudaGraphs
+from ditrim.engines.backends.torch.cuda_graphs import CudaGraphs, state_of
 from ditrim.engines.backends.torch.processors import (
     held_processors,
     hold_processors,
@@ -95,7 +95,8 @@ class TorchEngines:
             if self._graphs is None:
                 graph(role, inputs, outputs)
             else:
-                self._graphs.run(graph, role, inputs, outputs)
+                state = state_of(self.transformer)
+                self._graphs.run(graph, role, state, inputs, outputs)
 
     def synchronize(self) -> None:
         """Wait until everything run so far is done."""
