@@ -96,7 +96,7 @@ NO_ENGINE = {"engine": "no-engine-is-looked-for"}
         ({"verify": "all"}, "argument --verify: invalid choice: 'all'"),
         ({"steps": 0}, "--steps must lie in [1, 1000], got 0"),
         ({"seed": -1}, "--seed must lie in [0, 4294967295], got -1"),
-        ({"threads": -1}, "--threads must be in [0, 1024] (0: one a core), got -1"),
+        ({"threads": -1}, "--threads must lie in [0, 1024], got -1"),
         ({"guidance": "inf"}, "--guidance must lie in [0, 1000], got inf"),
         ({"true_cfg_scale": "nan"}, "--true-cfg-scale must lie in [0, 1000], got nan"),
         ({"prompt": ""}, "the prompt is empty: an edit needs an instruction"),
