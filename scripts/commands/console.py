@@ -75,7 +75,7 @@ class CommandParser(argparse.ArgumentParser):
         common.add_argument("--quiet", action="store_true", help="print errors only")
 
     def error(self, message: str) -> NoReturn:
-        message = re.sub("^argument (--[^:]+): must", r"\1 must", message)  # of `_ranged`
+        message = re.sub("^(--[^:]+): must", r"\1 must", message.removeprefix("argument "))
         raise UsageError(f"{message}. See {self.prog} --help")
 
 

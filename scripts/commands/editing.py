@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ditrim.commands.console import MAX_STEPS, MAX_THREADS, Terminal, add_number, add_whole
+from ditrim.plugins.errors import UsageError
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from ditrim.engines.backend import Engines
     from ditrim.runtime.editing.pipelines import EditRequest
+
+_PACKAGES = {"skimage": "scikit-image"}  # module -> where its name is another
 
 
 def add_step_options(group: Any, least_steps: int = 1) -> None:
@@ -121,3 +125,10 @@ def open_pipeline(args: argparse.Namespace, engines: Engines) -> Any:
         scheduler=args.scheduler,
     )
     return pipe.to(engines.device) if engines.device.type == "cuda" else pipe
+
+
+def check_packages(what: str, *modules: str) -> None:
+    """Refuse what needs packages that the runtime itself does not."""
+    missing = [_PACKAGES.get(name, name) for name in modules if find_spec(name) is None]
+    if missing:
+        raise UsageError(f"{what} needs {' and '.join(missing)}: pip install 'ditrim[report]'")

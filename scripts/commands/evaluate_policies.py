@@ -21,6 +21,7 @@ from ditrim.commands.console import (
 from ditrim.commands.editing import (
     add_machine_options,
     add_request_options,
+    check_packages,
     open_engines,
     open_pipeline,
     request_of,
@@ -43,6 +44,9 @@ _EXAMPLES = """\
 The same command again goes on where it was interrupted; further policies, seeds and edits are
 added to what is there."""
 _MAX_SEEDS = 1000
+# What a comparison is of, among the options and of its edits.
+_ASKED = ("negative_prompt", "true_cfg_scale", "guidance", "size", "scheduler")
+_OF_EDITS = ("name", "category", "prompt", "fingerprint")
 _LINES = 20  # of progress where there is no terminal
 
 
@@ -114,7 +118,7 @@ def _evaluate(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
     with warnings_noted(terminal):
         seeds = _seeds_of(args.seeds)
         _contenders(args.policy, None)
-        _check_packages()
+        check_packages("evaluate-policies", "skimage", "jinja2")
         from ditrim.runtime.evaluation.edits import choose_edits
         from ditrim.runtime.evaluation.folder import open_folder
         from ditrim.runtime.metrics import load_lpips
@@ -162,20 +166,6 @@ def _seeds_of(text: str) -> list[int]:
     if not all(0 <= seed <= MAX_SEED for seed in seeds):
         raise UsageError(f"--seeds must lie in [0, {MAX_SEED}], got {text!r}")
     return seeds
-
-
-def _check_packages() -> None:
-    """The page and SSIM need more than the runtime does."""
-    missing = []
-    for module, package in (("skimage", "scikit-image"), ("jinja2", "jinja2")):
-        try:
-            __import__(module)
-        except ImportError:
-            missing.append(package)
-    if missing:
-        raise UsageError(
-            f"evaluate-policies needs {' and '.join(missing)}: pip install 'ditrim[report]'"
-        )
 
 
 def _contenders(texts: Sequence[str], engine_set: EngineSet | None) -> list[Contender]:
@@ -257,25 +247,13 @@ def _settings(
             "pipeline": args.pipeline,
             "edits": args.edits,
             "steps": args.steps or default_steps(pipe, engines.engine_set),
-            "negative_prompt": args.negative_prompt,
-            "true_cfg_scale": args.true_cfg_scale,
-            "guidance": args.guidance,
-            "size": args.size,
-            "scheduler": args.scheduler,
+            **{name: getattr(args, name) for name in _ASKED},
             "lpips": "AlexNet" if has_lpips else "left out",
             "machine": machine_name(engines),
             "threads": args.threads,
             "versions": library_versions(),
         },
-        "edits": [
-            {
-                "name": edit.name,
-                "category": edit.category,
-                "prompt": edit.prompt,
-                "fingerprint": edit.fingerprint,
-            }
-            for edit in edits
-        ],
+        "edits": [{name: getattr(edit, name) for name in _OF_EDITS} for edit in edits],
         "seeds": list(seeds),
         "policies": [
             {"label": c.label, "text": policy_to_text(c.policy, c.cache)} for c in contenders

@@ -6,7 +6,6 @@ import argparse
 import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ from ditrim.commands.console import (
     steps_shown,
     warnings_noted,
 )
-from ditrim.commands.editing import add_device_options
+from ditrim.commands.editing import add_device_options, check_packages
 from ditrim.plugins.errors import DitrimError, LadderError, UsageError
 
 if TYPE_CHECKING:
@@ -186,12 +185,7 @@ def _check_output(folder: Path | None) -> None:
         return
     from ditrim.runtime.editing.pictures import check_output
 
-    missing = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
-    if missing:
-        raise UsageError(
-            f"--output: the page of a profile needs {' and '.join(missing)}: "
-            "pip install 'ditrim[report]'"
-        )
+    check_packages("--output: the page of a profile", "jinja2", "matplotlib")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
