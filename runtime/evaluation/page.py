@@ -287,6 +287,7 @@ def draw_plots(
                 )
             axes.set_xlabel(name + (" →" if is_gain else ", ← less is cheaper"))
             axes.grid(visible=True)
+            axes.locator_params(axis="x", nbins=6)
             axes.margins(x=0.1)
             if place == 0:
                 axes.set_ylabel(title)

@@ -314,7 +314,10 @@ def steps_shown(
         every, started = max(1, steps // lines), time.monotonic()
 
         def tell(done: int, detail: str) -> None:
+            nonlocal started
             terminal.check_interrupt()
+            if done == 0:  # what comes before the first step is not counted
+                started = time.monotonic()
             if 0 < done < steps and lines > 1 and done % every == 0:
                 left = (time.monotonic() - started) / done * (steps - done)
                 terminal.stage(f"{title}: {done} of {steps}; {detail}, about {left:,.0f} s left")
