@@ -1,13 +1,18 @@
-# Sourced by scripts/demo and scripts/test: leaves in $PYTHON an environment that has ditrim.
+# Sourced by scripts/demo and scripts/test: leaves in $PYTHON an environment that has ditrim. With
+# STAGE=demo it has what the commands need, otherwise the tools of the tests too.
 #
 #   DITRIM_ENV=<folder>      use this existing environment as it is; nothing is installed
 #   DITRIM_PYTHON=<program>  the Python that .venv is made with (default: the first of python3,
 #                            python3.13, python3.12, python3.11 that is new enough)
 #
 # Otherwise .venv in the checkout is made where it is missing, filled with the versions of
-# constraints-cpu.txt, and left alone while pyproject.toml and the constraints stay as they are.
+# constraints-cpu.txt, and left alone while pyproject.toml and the constraints stay as they are. An
+# environment of the demo gets the rest when a test first needs it.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)"
+[ "${STAGE:-}" = demo ] || STAGE=test
+PACKAGE="$ROOT"
+[ "$STAGE" = demo ] || PACKAGE="$ROOT[dev]"
 
 say() { printf '== %s\n' "$*" >&2; }
 fail() {
@@ -50,24 +55,28 @@ install_into() {
   say "installing the CPU build of torch (about 200 MB) into .venv"
   "${pip[@]}" -c "$ROOT/constraints-cpu.txt" torch >&2 || return 1
   say "installing ditrim and what it needs"
-  "${pip[@]}" -c "$ROOT/constraints-cpu.txt" -e "$ROOT[dev]" >&2 || return 1
+  "${pip[@]}" -c "$ROOT/constraints-cpu.txt" -e "$PACKAGE" >&2 || return 1
 }
 
 bootstrap() {
-  local env="$ROOT/.venv" stamp
+  local env="$ROOT/.venv" stamp stage
   if [ -n "${DITRIM_ENV:-}" ]; then
     PYTHON="$DITRIM_ENV/bin/python"
     [ -x "$PYTHON" ] || fail "DITRIM_ENV=$DITRIM_ENV has no bin/python: give the folder of an environment"
     "$PYTHON" -c 'import ditrim.runtime' >/dev/null 2>&1 ||
-      fail "DITRIM_ENV=$DITRIM_ENV does not have ditrim; install it there: $PYTHON -m pip install -e \"$ROOT[dev]\""
+      fail "DITRIM_ENV=$DITRIM_ENV does not have ditrim; install it there: $PYTHON -m pip install -e \"$PACKAGE\""
     say "using the environment $DITRIM_ENV"
     return
   fi
   PYTHON="$env/bin/python"
   stamp="$env/ditrim-installed"
-  if [ -x "$PYTHON" ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(fingerprint "$PYTHON")" ]; then
-    say "using the environment .venv"
-    return
+  if [ -x "$PYTHON" ] && [ -f "$stamp" ]; then
+    for stage in test "$STAGE"; do # an environment of the tests serves the demo too
+      if [ "$(cat "$stamp")" = "$stage $(fingerprint "$PYTHON")" ]; then
+        say "using the environment .venv"
+        return
+      fi
+    done
   fi
   if command -v nvidia-smi >/dev/null 2>&1; then
     say "this machine has an NVIDIA GPU; .venv gets torch for the CPU all the same, which is enough" \
@@ -84,7 +93,7 @@ bootstrap() {
   install_into "$PYTHON" ||
     fail "packages could not be installed (see above); run this again when the cause is mended," \
       "or name an environment that has them with DITRIM_ENV=<folder>"
-  fingerprint "$PYTHON" >"$stamp"
+  echo "$STAGE $(fingerprint "$PYTHON")" >"$stamp"
 }
 
 # One at a time, where the system can lock; a second one waits and finds the work done.

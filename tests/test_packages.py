@@ -24,7 +24,7 @@ EXPORTING = "engines/build/"
 # Rooms of a package, from the ground up: none imports from one above it, not even its types.
 FLOORS = {
     "engines": (
-        ("files", "forking"),
+        ("files", "forking", "presets"),
         ("sets", "cost"),
         ("backend",),
         ("backends",),
@@ -32,7 +32,7 @@ FLOORS = {
         ("estimate", "live"),
     ),
     "runtime": (
-        ("metrics", "report"),
+        ("metrics", "page", "report"),
         ("tokens",),
         ("policy",),
         ("policies",),

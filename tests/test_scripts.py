@@ -24,6 +24,7 @@ case "$*" in
   "-m pip "*) echo "pip ${*:4}" >>"$STUB_LOG"; [ ! -e "$STUB_LOG.fail" ] ;;
   "-c import sys; sys.exit(sys.version_info < (3, 11))") [ ! -e "$STUB_LOG.old" ] ;;
   *scripts/demo.py*) echo "demo ${*:2}" >>"$STUB_LOG" ;;
+  "-m pytest "*) echo "pytest ${*:3}" >>"$STUB_LOG" ;;
   *) exit 99 ;;
 esac
 """
@@ -34,7 +35,7 @@ def checkout(tmp_path: Path) -> Path:
     """A checkout with the files that the environment is made from, in a folder with a space."""
     folder = tmp_path / "check out"
     (folder / "scripts").mkdir(parents=True)
-    for name in ("scripts/_bootstrap.sh", "scripts/demo", "scripts/demo.py"):
+    for name in ("scripts/_bootstrap.sh", "scripts/demo", "scripts/demo.py", "scripts/test"):
         shutil.copy(ROOT / name, folder / name)
     for name in ("pyproject.toml", "constraints-cpu.txt"):
         shutil.copy(ROOT / name, folder / name)
@@ -45,12 +46,12 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def run_demo(
-    checkout: Path, *arguments: str, **environment: str
+    checkout: Path, *arguments: str, script: str = "demo", **environment: str
 ) -> subprocess.CompletedProcess[str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith("DITRIM_")}
     stub = checkout.parent / "stub-python"
     return subprocess.run(
-        [str(checkout / "scripts" / "demo"), *arguments],
+        [str(checkout / "scripts" / script), *arguments],
         cwd="/",
         env=kept
         | {"STUB_LOG": str(checkout.parent / "log"), "DITRIM_PYTHON": str(stub)}
@@ -76,12 +77,24 @@ def test_environment_is_made_once_with_torch_first(checkout: Path) -> None:
     assert logged(checkout) == [
         "venv",
         f"{install} torch",
-        f"{install} -e ROOT[dev]",
+        f"{install} -e ROOT",
         "demo --output ROOT/demo-out",
     ]
     again = run_demo(checkout, "shift")
     assert again.stderr == "== using the environment .venv\n"
     assert logged(checkout) == ["demo --output ROOT/demo-out shift"]
+
+
+def test_tests_add_their_tools_to_the_environment_of_the_demo(checkout: Path) -> None:
+    run_demo(checkout)
+    logged(checkout)
+    assert run_demo(checkout, "-k", "session", script="test").returncode == 0
+    install = "pip install --progress-bar off -c ROOT/constraints-cpu.txt"
+    tools = [f"{install} torch", f"{install} -e ROOT[dev]"]
+    assert logged(checkout) == [*tools, "pytest -k session"]
+    assert run_demo(checkout).stderr == "== using the environment .venv\n"
+    assert run_demo(checkout, "-x", script="test").stderr == "== using the environment .venv\n"
+    assert logged(checkout) == ["demo --output ROOT/demo-out", "pytest -x"]
 
 
 def test_changed_constraints_are_installed_into_the_same_environment(checkout: Path) -> None:

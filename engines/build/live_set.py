@@ -13,7 +13,8 @@ import torch
 
 from ditrim.engines.backends.torch.engines import dtype_of
 from ditrim.engines.build.options import BuildOptions
-from ditrim.engines.build.source import Source, choose_split, read_calibration, small_editor_folder
+from ditrim.engines.build.source import Source, choose_split, read_calibration
+from ditrim.engines.presets import small_editor_folder
 from ditrim.engines.sets.engine_set import EngineSet
 from ditrim.engines.sets.ladder import Ladder
 from ditrim.engines.sets.manifest import FORMAT_VERSION, GraphSpec, Manifest

@@ -7,7 +7,6 @@ last build is taken to be unchanged. Trade-off: the first build reads the weight
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import os
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ditrim.engines.build.options import BuildOptions
+from ditrim.engines.presets import small_editor_folder
 from ditrim.engines.sets.engine_set import sha256_of
 from ditrim.export.checkpoint import (
     Checkpoint,
@@ -81,24 +81,6 @@ class SplitChoice:
     front_depth: int
     representative_layers: tuple[int, ...]
     layers_source: str
-
-
-def small_editor_folder() -> Path:
-    """The shipped editor's `model/` folder; its package is found, not imported.
-
-    Raises:
-        CheckpointError: this installation does not have it.
-    """
-    spec = importlib.util.find_spec("ditrim.runtime.small_editor")
-    for place in (spec.submodule_search_locations or []) if spec is not None else []:
-        folder = Path(place) / "model"
-        if (folder / "transformer").is_dir():
-            return folder
-    raise CheckpointError(
-        "this installation of ditrim lacks the small editor's weights "
-        "(ditrim/runtime/small_editor/model); install the package again, or name weights with "
-        "--model and --weights"
-    )
 
 
 def find_source(options: BuildOptions) -> Source:

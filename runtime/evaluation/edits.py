@@ -1,12 +1,12 @@
-"""The edits that policies are compared on: a folder's, or drawn scenes."""
+"""The edits that policies are compared and calibrations made on: a folder's, or drawn scenes."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from ditrim.runtime.small_editor.scenes import EditExample
 
 SCENE_SPLITS = ("held-out", "train")
-_TRAIN_WORD = 0x7E57
+Purpose = Literal["comparison", "cache", "layers"]
+# What seeds the training scenes of each: none is tuned on the scenes of another.
+_PURPOSE_WORDS: dict[Purpose, int] = {"comparison": 0x7E57, "cache": 0xCAC4E, "layers": 0xCA11}
 _DEFAULT_SCENES = 64
 
 
@@ -58,7 +60,7 @@ class EditPictures:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComparedEdit:
-    """One edit of a comparison.
+    """One edit to run.
 
     Attributes:
         name: unique in its set.
@@ -89,12 +91,7 @@ def choose_edits(source: str, count: int | None) -> list[ComparedEdit]:
     if count is not None and count < 1:
         raise UsageError(f"--count must be at least 1, got {count}")
     if source in SCENE_SPLITS:
-        return [
-            _scene(f"{source}-{index:04d}", example)
-            for index, example in enumerate(scenes(source, count or _DEFAULT_SCENES))
-        ]
-    from ditrim.runtime.editing.edit_set import load_edit_set
-
+        return _scene_edits(source, scenes(source, count or _DEFAULT_SCENES))
     folder = Path(source)
     if not folder.is_dir():
         what = "a file" if folder.exists() else "not there"
@@ -102,13 +99,28 @@ def choose_edits(source: str, count: int | None) -> list[ComparedEdit]:
             f"--edits {source} is {what}; give a folder with pictures and edits.jsonl, or "
             f"{' or '.join(SCENE_SPLITS)} for the small editor's scenes"
         )
-    tasks = load_edit_set(folder)
-    if count is not None and count > len(tasks):
-        raise UsageError(f"--count {count}: {folder} has {len(tasks)} edits")
-    return [_task(f"edit-{index:04d}", task) for index, task in enumerate(tasks[:count])]
+    edits = _folder_edits(folder, count)
+    if count is not None and count > len(edits):
+        raise UsageError(f"--count {count}: {folder} has {len(edits)} edits")
+    return edits
 
 
-def scenes(split: str, count: int, seed: int = 0) -> list[EditExample]:
+def choose_samples(
+    folder: Path | None, count: int, purpose: Purpose, seed: int
+) -> list[ComparedEdit]:
+    """At most `count` edits to calibrate on: a folder's, or else training scenes.
+
+    Raises:
+        UsageError: the folder is malformed.
+    """
+    if folder is not None:
+        return _folder_edits(folder, count)
+    return _scene_edits("train", scenes("train", count, seed, purpose))
+
+
+def scenes(
+    split: str, count: int, seed: int = 0, purpose: Purpose = "comparison"
+) -> list[EditExample]:
     """Held-out edits to report on, or training scenes to tune on, categories in turn."""
     from ditrim.runtime.small_editor import scenes as drawn
 
@@ -116,12 +128,23 @@ def scenes(split: str, count: int, seed: int = 0) -> list[EditExample]:
         return drawn.held_out_edits(count, seed=seed)
     return [
         drawn.sample_edit(
-            np.random.default_rng([seed, index, _TRAIN_WORD]),
+            np.random.default_rng([seed, index, _PURPOSE_WORDS[purpose]]),
             category=drawn.CATEGORIES[index % len(drawn.CATEGORIES)],
             split="train",
         )
         for index in range(count)
     ]
+
+
+def _scene_edits(split: str, examples: Iterable[EditExample]) -> list[ComparedEdit]:
+    return [_scene(f"{split}-{index:04d}", example) for index, example in enumerate(examples)]
+
+
+def _folder_edits(folder: Path, most: int | None) -> list[ComparedEdit]:
+    from ditrim.runtime.editing.edit_set import load_edit_set
+
+    tasks = load_edit_set(folder)[:most]
+    return [_task(f"edit-{index:04d}", task) for index, task in enumerate(tasks)]
 
 
 def _scene(name: str, example: EditExample) -> ComparedEdit:

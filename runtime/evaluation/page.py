@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ditrim.runtime import page
 from ditrim.runtime.evaluation.comparison import REFERENCE, shown_edits
 from ditrim.runtime.evaluation.summary import ALL, METRICS
 from ditrim.runtime.metrics import CAP_DB, pareto_front
@@ -81,16 +82,14 @@ def write_page(
     Raises:
         DitrimError: the page cannot be written.
     """
-    from jinja2 import Environment, StrictUndefined
-
     from ditrim.engines.files import write_file
 
     policies = [
         {"number": number, **entry, "colour": colour_of(number)}
         for number, entry in enumerate(results["policies"])
     ]
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    page = environment.from_string(TEMPLATE.read_text("utf-8")).render(
+    text = page.render(
+        TEMPLATE,
         results=results,
         facts=_facts(results),
         policies=policies,
@@ -104,7 +103,7 @@ def write_page(
         strips=_strips(results, edits, folder),
         late=_measured_later(results),
     )
-    write_file(path, page.encode())
+    write_file(path, text.encode())
 
 
 def colour_of(number: int) -> str:
@@ -249,7 +248,6 @@ def draw_plots(
         title: of that axis.
         salt: makes the SVG's ids its own on a page with several.
     """
-    import matplotlib as mpl
     from matplotlib.figure import Figure
 
     labels = list(summary)
@@ -259,16 +257,7 @@ def draw_plots(
         if summary[label].get(quality) is not None
         and (label != REFERENCE or quality == "psnr_target_db")
     ]
-    style = {
-        "font.size": 9,
-        "svg.fonttype": "none",
-        "svg.hashsalt": salt,
-        "font.family": "sans-serif",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.edgecolor": "#999999",
-    }
-    with mpl.rc_context(style):
+    with page.drawing(salt):
         figure = Figure(figsize=(12.4, 4.1))
         figure.subplots_adjust(left=0.05, right=0.995, bottom=0.13, top=0.98, wspace=0.06)
         for place, (axes, (cost, name, statistic, is_gain)) in enumerate(
@@ -282,7 +271,7 @@ def draw_plots(
                 [xs[i] for i in front],
                 [min(ys[i], _TOP_DB) for i in front],
                 "--",
-                color="#bbbbbb",
+                color=page.FAINT,
                 zorder=1,
             )
             for x, y, entry, number in zip(xs, ys, found, shown, strict=True):
@@ -297,16 +286,13 @@ def draw_plots(
                     text, (x, top), (4, 4), textcoords="offset points", color=colour, size=8
                 )
             axes.set_xlabel(name + (" →" if is_gain else ", ← less is cheaper"))
-            axes.grid(color="#eeeeee", lw=0.8)
-            axes.set_axisbelow(True)
+            axes.grid(visible=True)
+            axes.locator_params(axis="x", nbins=6)
             axes.margins(x=0.1)
             if place == 0:
                 axes.set_ylabel(title)
-                axes.axvline(1.0, color="#dddddd", lw=1, zorder=0)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :]
+                axes.axvline(1.0, color=page.FAINT, lw=1, zorder=0)
+        svg = page.svg(figure)
 
     def named(match: re.Match[str]) -> str:
         number = int(match.group(1))

@@ -84,7 +84,7 @@ class RandomDrop(PlainReducer):
             grids = call.reference_grids
             kept = select_by_budget(order, grids, self.policy.budgets, call.ladder)
         else:
-            kept = select_top(order, (), self.policy.count(scores, call))
+            kept = select_top(order, self.policy.count(scores, call))
         if call.region is not None:
             kept = keep_region(kept, call.region, order, call.ladder)
         return Reduction(kept=kept)

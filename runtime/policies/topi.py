@@ -159,7 +159,7 @@ class ToPi(PlainReducer):
 
         if self.budgets is not None:
             return select_by_budget(scores, call.reference_grids, self.budgets, call.ladder)
-        return select_top(scores, (), self.count(scores, call))
+        return select_top(scores, self.count(scores, call))
 
     def count(self, scores: torch.Tensor, call: CallView) -> int:
         """How many tokens a call keeps: the batch's largest count, rounded up by the ladder."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditrim.engines.cost.flops import CallSize
+from ditrim.runtime import page
+from ditrim.runtime.profiling import text
 from ditrim.runtime.profiling.profile import Profile
 from ditrim.runtime.profiling.run_cost import (
     ReplayedRun,
@@ -16,38 +17,13 @@ from ditrim.runtime.profiling.run_cost import (
     StepTimes,
     estimate_schedule,
 )
-from ditrim.runtime.profiling.text import (
-    GROUPS,
-    comparison_dict,
-    count,
-    number,
-    projection_dict,
-    replay_lines,
-    schedule_lines,
-    share,
-    table_rows,
-)
+from ditrim.runtime.profiling.text import count, number, share
 
 if TYPE_CHECKING:
-    from ditrim.runtime.profiling.projection import Comparison, Projection
+    from ditrim.runtime.profiling.projection import ProfileComparison, Projection
 
 TEMPLATE = Path(__file__).with_name("page.html")
 _DEFAULT = RunSchedule(steps=40, interval=10, kept=0.5)
-# Colours that the page's own take the place of, so that plots follow light and dark.
-_INK, _LINE, _FAINT = "#010203", "#040506", "#070809"
-_THEME = {_INK: "currentColor", _LINE: "var(--line)", _FAINT: "var(--faint)"}
-_STYLE = {
-    "font.size": 10,
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": _FAINT,
-    "axes.facecolor": "none",
-    "figure.facecolor": "none",
-    "savefig.facecolor": "none",
-    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), _INK),
-}
 _COLOURS = {
     "FRONT": "#4269d0",
     "BACK": "#3a9e8f",
@@ -65,7 +41,7 @@ def draw_page(
     replays: Sequence[ReplayedRun],
     projection: Projection | None,
     projected: Sequence[ScheduleEstimate],
-    comparison: Comparison | None,
+    comparison: ProfileComparison | None,
 ) -> str:
     """The HTML of a profile's page.
 
@@ -79,8 +55,6 @@ def draw_page(
     Raises:
         ImportError: jinja2 or matplotlib is missing.
     """
-    from jinja2 import Environment, StrictUndefined
-
     by_geometry = {estimate.geometry: estimate for estimate in estimates}
     sections = []
     for index, geometry in enumerate(profile.geometries):
@@ -93,24 +67,33 @@ def draw_page(
             {
                 "title": profile.size_text(geometry),
                 "plots": draw_plots(profile, geometry, estimate, salt=f"profile {index}"),
-                "schedule": schedule_lines([estimate], profile),
+                "schedule": _schedule([estimate], profile),
                 "is_asked": is_asked,
             }
         )
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    return environment.from_string(TEMPLATE.read_text("utf-8")).render(
+    return page.render(
+        TEMPLATE,
         profile=profile,
         facts=_facts(profile),
-        groups=GROUPS,
-        rows=table_rows(profile),
+        groups=text.GROUPS,
+        columns=text.COLUMNS,
+        rows=text.table_rows(profile),
         sections=sections,
-        replays=replay_lines(replays),
-        projection=None if projection is None else projection_dict(projection),
-        projected=schedule_lines(projected, projection.profile) if projection else "",
-        comparison=None if comparison is None else comparison_dict(comparison),
-        number=number,
+        replays="\n".join(text.replay_lines(replays)),
+        projection=projection,
+        projected_columns=text.PROJECTED,
+        projection_rows=text.projection_rows(projection) if projection else [],
+        projection_lines=text.projection_lines(projection) if projection else [],
+        projected=_schedule(projected, projection.profile) if projection else "",
+        compared_columns=text.COMPARED,
+        comparison_rows=text.comparison_rows(comparison) if comparison else [],
+        comparison_lines=text.comparison_lines(comparison) if comparison else [],
         share=share,
     )
+
+
+def _schedule(estimates: Sequence[ScheduleEstimate], profile: Profile) -> str:
+    return "\n".join(text.schedule_lines(estimates, profile))
 
 
 def _facts(profile: Profile) -> list[tuple[str, str]]:
@@ -160,9 +143,7 @@ def draw_plots(
     salt: str,
 ) -> list[dict[str, str]]:
     """Latency against length, where a step's time goes, speed-up against the kept share, as SVG."""
-    import matplotlib as mpl
-
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": salt}):
+    with page.drawing(salt):
         return [
             {"title": "Latency against length", "svg": _draw_latency(profile, geometry)},
             {"title": "Where a step's time goes", "svg": _draw_parts(profile, geometry)},
@@ -175,8 +156,7 @@ def _figure(height: float) -> tuple[Any, Any]:
 
     figure = Figure(figsize=(5.6, height), layout="constrained")
     axes = figure.subplots()
-    axes.grid(color=_LINE, lw=0.8)
-    axes.set_axisbelow(True)
+    axes.grid(visible=True)
     return figure, axes
 
 
@@ -193,17 +173,8 @@ def _legend_above(axes: Any, columns: int) -> None:
     )
 
 
-def _svg(figure: Any) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    for colour, themed in _THEME.items():
-        svg = svg.replace(colour, themed)
-    return svg[svg.index("<svg") :]
-
-
 def _draw_latency(profile: Profile, geometry: tuple[int, int, int, int]) -> str:
-    batch, noisy, text, _ = geometry
+    batch, noisy, num_text, _ = geometry
     figure, axes = _figure(3.6)
     backs = profile.backs(geometry)
     xs = [row.num_kept for row in backs]
@@ -235,20 +206,20 @@ def _draw_latency(profile: Profile, geometry: tuple[int, int, int, int]) -> str:
     bounds = [
         profile.peak.roofline_ms(
             cost.back(
-                CallSize(num_noisy=noisy, num_reference=length, num_text=text, batch=batch),
+                CallSize(num_noisy=noisy, num_reference=length, num_text=num_text, batch=batch),
                 num_rows=1,
             )
         )
         for length in lengths
     ]
     if None not in bounds:
-        axes.plot(lengths, bounds, "--", color=_FAINT, label="roofline of BACK")
+        axes.plot(lengths, bounds, "--", color=page.FAINT, label="roofline of BACK")
     axes.set_ylim(bottom=0)
     axes.set_xlim(left=0)
     axes.set_xlabel("reference tokens that BACK runs on")
     axes.set_ylabel("ms: median and its interval")
     _legend_above(axes, 2)
-    return _svg(figure)
+    return page.svg(figure)
 
 
 def step_parts(
@@ -297,7 +268,7 @@ def _draw_parts(profile: Profile, geometry: tuple[int, int, int, int]) -> str:
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("ms, medians; reduced steps by their reference tokens")
     _legend_above(axes, 4)
-    return _svg(figure)
+    return page.svg(figure)
 
 
 def _draw_speedup(estimate: ScheduleEstimate) -> str:
@@ -308,8 +279,8 @@ def _draw_speedup(estimate: ScheduleEstimate) -> str:
     axes.plot(
         shares, [p[1] for p in estimate.curve], color=_COLOURS["BACK"], label="by the profile"
     )
-    axes.plot(shares, [p[2] for p in estimate.curve], "--", color=_FAINT, label="by operations")
-    axes.axhline(1.0, color=_FAINT, lw=1)
+    axes.plot(shares, [p[2] for p in estimate.curve], "--", color=page.FAINT, label="by operations")
+    axes.axhline(1.0, color=page.FAINT, lw=1)
     low, middle, high = estimate.speedup
     axes.errorbar(
         [estimate.schedule.kept],
@@ -332,4 +303,4 @@ def _draw_speedup(estimate: ScheduleEstimate) -> str:
     )
     axes.set_ylabel("times as fast as the full context")
     _legend_above(axes, 2)
-    return _svg(figure)
+    return page.svg(figure)

@@ -25,7 +25,7 @@ _TABLE_PRECISIONS = ("bf16", "fp16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
+class ProjectionTarget:
     """What a profile is projected to.
 
     Attributes:
@@ -41,7 +41,7 @@ class Target:
     measured: Profile | None = None
 
 
-def target_from(text: str, own: str, precision: str | None = None) -> Target:
+def target_from(text: str, own: str, precision: str | None = None) -> ProjectionTarget:
     """Read `--project`: a device's name, or the file of a profile that was taken on one.
 
     Args:
@@ -60,7 +60,7 @@ def target_from(text: str, own: str, precision: str | None = None) -> Target:
                 f"--project {text} was measured in {measured.engine['precision']}; leave "
                 "--precision out"
             )
-        return Target(
+        return ProjectionTarget(
             name=f"{measured.machine['name']} ({text})",
             peak=measured.peak,
             precision=measured.engine["precision"],
@@ -85,7 +85,7 @@ def target_from(text: str, own: str, precision: str | None = None) -> Target:
             f"{', '.join(others)}"
         )
     peak = Peak(tflops=rate, gb_s=device.bandwidth_gb_s, source=device.peak_source(chosen))
-    return Target(name=device.title, peak=peak, precision=chosen)
+    return ProjectionTarget(name=device.title, peak=peak, precision=chosen)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,7 +127,7 @@ class Projection:
         worst_error: largest |projected / measured - 1|; none where nothing was measured.
     """
 
-    target: Target
+    target: ProjectionTarget
     rows: tuple[ProjectedRow, ...]
     profile: Profile
     assumptions: tuple[str, ...]
@@ -144,7 +144,7 @@ class Projection:
         return max(errors, default=None)
 
 
-def check_model(target: Target, config: Mapping[str, Any]) -> None:
+def check_model(target: ProjectionTarget, config: Mapping[str, Any]) -> None:
     """Refuse a target whose profile is of another transformer than this configuration's."""
     other = target.measured
     if other is not None and other.engine["config"] != config:
@@ -154,7 +154,7 @@ def check_model(target: Target, config: Mapping[str, Any]) -> None:
         )
 
 
-def project(profile: Profile, target: Target) -> Projection:
+def project(profile: Profile, target: ProjectionTarget) -> Projection:
     """Scale every row by the ratio of the rooflines.
 
     Raises:
@@ -219,7 +219,9 @@ def project(profile: Profile, target: Target) -> Projection:
     )
 
 
-def _assumptions(profile: Profile, target: Target, least: float, most: float) -> tuple[str, ...]:
+def _assumptions(
+    profile: Profile, target: ProjectionTarget, least: float, most: float
+) -> tuple[str, ...]:
     found = [
         "FRONT, BACK and anchors reach the same share of the roofline there as here "
         f"({100 * least:.0f} to {100 * most:.0f} % over the measured rows, noise included; the "
@@ -285,7 +287,7 @@ class Difference:
         other: of the other one.
         ratio: this median / the other; low, high: from the ends of both intervals.
         exceeds_noise: whether the interval does not hold 1, nor would if it were shifted by what
-            the machine itself changed between the two (see `Comparison.drift`).
+            the machine itself changed between the two (see `ProfileComparison.drift`).
     """
 
     row: Row
@@ -297,7 +299,7 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
+class ProfileComparison:
     """Two profiles.
 
     Attributes:
@@ -325,7 +327,7 @@ def check_common_size(other: Profile, geometries: Collection[tuple[int, int, int
         )
 
 
-def compare(profile: Profile, other: Profile) -> Comparison:
+def compare(profile: Profile, other: Profile) -> ProfileComparison:
     """This profile against another, row by row.
 
     Raises:
@@ -336,7 +338,7 @@ def compare(profile: Profile, other: Profile) -> Comparison:
     ours = {row.key: row for row in profile.rows if row.part != PRODUCT}
     common = [key for key in ours if key in theirs]
     drift = _drift(profile, other)
-    return Comparison(
+    return ProfileComparison(
         differences=tuple(_difference(ours[key], theirs[key], drift) for key in common),
         only_here=tuple(row for key, row in ours.items() if key not in theirs),
         only_there=tuple(row for key, row in theirs.items() if key not in ours),

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from ditrim.runtime.profiling.profile import PRODUCT, Profile, Row, describe_row, ratios_of
-from ditrim.runtime.profiling.projection import Comparison, Projection
+from ditrim.runtime.profiling.projection import ProfileComparison, Projection
 from ditrim.runtime.profiling.run_cost import ReplayedRun, ScheduleEstimate
 
-_WIDTH = 250  # tables take what they need
+WIDTH, _TABLE_WIDTH = 100, 250  # of lines; tables take what they need
 _NOISY = "noisy"
 _RATIOS = {
     "scored": "what scoring adds to BACK: {}",
@@ -43,49 +44,55 @@ def share(value: float | None) -> str:
 
 def table_rows(profile: Profile) -> list[list[str]]:
     """The cells of a profile's table; a row that is too noisy shows that in place of digits."""
-    found = []
-    for row in profile.rows:
-        if row.part == PRODUCT:
-            continue
-        entry = describe_row(profile, row)
-        is_noisy = entry["is_noisy"]
-
-        def shown(key: str, entry: dict[str, Any] = entry, is_noisy: bool = is_noisy) -> str:
-            return "" if is_noisy else number(entry[key])
-
-        def portion(key: str, entry: dict[str, Any] = entry, is_noisy: bool = is_noisy) -> str:
-            return "" if is_noisy else share(entry[key])
-
-        found.append(
-            [
-                row.part,
-                str(row.batch),
-                str(row.num_noisy),
-                str(row.num_text),
-                f"{row.num_kept}/{row.num_reference}",
-                str(entry["tokens"]),
-                _NOISY if is_noisy else number(entry["median_ms"]),
-                f"+-{share(entry['noise'])}",
-                shown("p90_ms"),
-                shown("p99_ms"),
-                portion("spread"),
-                shown("warmup_ms"),
-                "" if row.flops == 0 else number(row.flops / 1e9),
-                shown("tflops"),
-                portion("tflops_share"),
-                "" if row.num_bytes == 0 else number(row.num_bytes / 1e6),
-                shown("gb_s"),
-                portion("gb_s_share"),
-                portion("roofline_share"),
-                "" if row.memory_bytes is None else number(row.memory_bytes / 1e6),
-            ]
-        )
-    return found
+    return [
+        _profile_cells(row, describe_row(profile, row))
+        for row in profile.rows
+        if row.part != PRODUCT
+    ]
 
 
+def _profile_cells(row: Row, entry: dict[str, Any]) -> list[str]:
+    is_noisy = entry["is_noisy"]
+
+    def shown(key: str) -> str:
+        return "" if is_noisy else number(entry[key])
+
+    def portion(key: str) -> str:
+        return "" if is_noisy else share(entry[key])
+
+    return [
+        *_size_cells(row),
+        str(entry["tokens"]),
+        _NOISY if is_noisy else number(entry["median_ms"]),
+        f"+-{share(entry['noise'])}",
+        shown("p90_ms"),
+        shown("p99_ms"),
+        portion("spread"),
+        shown("warmup_ms"),
+        _in_units(row.flops, 1e9),
+        shown("tflops"),
+        portion("tflops_share"),
+        _in_units(row.num_bytes, 1e6),
+        shown("gb_s"),
+        portion("gb_s_share"),
+        portion("roofline_share"),
+        _in_units(row.memory_bytes, 1e6),
+    ]
+
+
+def _in_units(value: float | None, unit: float) -> str:
+    return number(value / unit) if value else ""
+
+
+def _size_cells(row: Row) -> list[str]:
+    sizes = (row.batch, row.num_noisy, row.num_text)
+    return [row.part, *map(str, sizes), f"{row.num_kept}/{row.num_reference}"]
+
+
+_SIZES = ("part", "B", "noisy", "text", "refs")
 # Group -> its columns, as `table_rows` has them.
 GROUPS: dict[str, tuple[str, ...]] = {
-    "": ("part", "B", "noisy", "text", "refs", "tokens"),
+    "": (*_SIZES, "tokens"),
     "time, ms": ("ms", "+-", "p90", "p99", "spread", "first"),
     "operations": ("GFLOP", "TFLOP/s", "of peak"),
     "bytes": ("MB", "GB/s", "of peak"),
@@ -93,24 +100,31 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "memory": ("MB held",),
 }
 COLUMNS = tuple(column for columns in GROUPS.values() for column in columns)
+FIRST_COLUMNS = (*_SIZES, "ms", "+-", "p99", "TFLOP/s", "roofline", "MB held")
 
 
-def profile_table(profile: Profile) -> str:
-    """The table of a profile, with what it was measured on."""
+def profile_table(profile: Profile, *, is_wide: bool = False) -> str:
+    """The table of a profile, with what it was measured on: within 100 columns, or all of it."""
     machine, peak = profile.machine, profile.peak
-    lines = [
+    columns = COLUMNS if is_wide else FIRST_COLUMNS
+    places = [place for place, name in enumerate(COLUMNS) if name in columns]
+    above = (
         f"{profile.engine['model']}, {profile.engine['precision']}, {profile.engine['backend']} "
         f"{profile.engine['backend_version']} on {machine['name']}, "
         f"{count(machine['threads'], 'thread')}; {machine['timer']}",
         f"peak {number(peak.tflops) or '?'} TFLOP/s, {number(peak.gb_s) or '?'} GB/s: "
         f"{peak.source}",
-        _rendered(COLUMNS, table_rows(profile)),
-        "ms: median of "
-        f"{profile.settings['repeats']} interleaved rounds, +-: its "
-        f"{_coverage(profile)} interval; spread: (p90 - p10) / median; first: the first of "
-        f"{profile.settings['warmup']} warm-up rounds; roofline: share of the bound that the cost "
-        "model sets",
-    ]
+    )
+    said = {
+        "ms": f"median of {profile.settings['repeats']} interleaved rounds",
+        "+-": f"its {_coverage(profile)} interval",
+        "spread": "(p90 - p10) / median",
+        "first": f"the first of {profile.settings['warmup']} warm-up rounds",
+        "roofline": "share of the bound that the cost model sets",
+    }
+    below = ["; ".join(f"{name}: {text}" for name, text in said.items() if name in columns)]
+    if not is_wide:
+        below[0] += "; --wide shows every column"
     for geometry in profile.geometries:
         for name, item in ratios_of(profile, geometry).items():
             one = float(name == "scored")  # told as what comes on top
@@ -118,15 +132,16 @@ def profile_table(profile: Profile) -> str:
                 f"{share(item.median - one)} [{share(item.low - one)}, {share(item.high - one)}]"
             )
             is_noisy = item.noise > profile.max_noise
-            said = _RATIOS[name].format(_TOO_NOISY if is_noisy else figures)
-            lines.append(f"{profile.size_text(geometry)}: {said}")
+            told = _RATIOS[name].format(_TOO_NOISY if is_noisy else figures)
+            below.append(f"{profile.size_text(geometry)}: {told}")
     noisy = sum(row.statistics.noise > profile.max_noise for row in profile.rows)
     if noisy:
-        lines.append(
+        below.append(
             f"{noisy} of {len(profile.rows)} rows are known no better than "
             f"+-{share(profile.max_noise)} and show no digits; raise --repeats or stop other work"
         )
-    return "\n".join(lines)
+    cells = [[row[place] for place in places] for row in table_rows(profile)]
+    return "\n".join([broken(above), _rendered(columns, cells), broken(below)])
 
 
 def _coverage(profile: Profile) -> str:
@@ -138,17 +153,25 @@ def _rendered(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), show_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     text = io.StringIO()
-    Console(file=text, width=_WIDTH, highlight=False).print(table)
+    Console(file=text, width=_TABLE_WIDTH, highlight=False).print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
 
-def schedule_lines(estimates: Sequence[ScheduleEstimate], profile: Profile) -> str:
+def broken(lines: Iterable[str]) -> str:
+    """Lines of text, those that are too long for a terminal broken."""
+    return "\n".join(
+        textwrap.fill(line, WIDTH, subsequent_indent=" " * (len(line) - len(line.lstrip()) + 2))
+        for line in lines
+    )
+
+
+def schedule_lines(estimates: Sequence[ScheduleEstimate], profile: Profile) -> list[str]:
     """What a schedule will cost at each size."""
     lines = []
     for estimate in estimates:
@@ -179,10 +202,10 @@ def schedule_lines(estimates: Sequence[ScheduleEstimate], profile: Profile) -> s
             f"  scoring and selection {share(estimate.anchor_share)} of the run; interval "
             f"{estimate.best_interval} comes within 2 % of a single anchor",
         ]
-    return "\n".join(lines)
+    return lines
 
 
-def replay_lines(replays: Sequence[ReplayedRun]) -> str:
+def replay_lines(replays: Sequence[ReplayedRun]) -> list[str]:
     """A recorded run beside its price."""
     lines = []
     for item in replays:
@@ -193,7 +216,7 @@ def replay_lines(replays: Sequence[ReplayedRun]) -> str:
             f"the full context; {share(item.kept)} kept"
         )
         lines += [f"  not the same: {text}" for text in item.differs]
-    return "\n".join(lines)
+    return lines
 
 
 def projection_dict(projection: Projection) -> dict[str, Any]:
@@ -220,16 +243,14 @@ def projection_dict(projection: Projection) -> dict[str, Any]:
     }
 
 
-def projection_table(projection: Projection) -> str:
-    """A projection with everything that it takes for granted."""
-    target = projection.target
-    rows = [
+PROJECTED = (*_SIZES, "ms", "range", "roofline", "measured", "error")
+
+
+def projection_rows(projection: Projection) -> list[list[str]]:
+    """The cells of a projection's table, under `PROJECTED`."""
+    return [
         [
-            item.row.part,
-            str(item.row.batch),
-            str(item.row.num_noisy),
-            str(item.row.num_text),
-            f"{item.row.num_kept}/{item.row.num_reference}",
+            *_size_cells(item.row),
             number(item.projected_ms),
             f"{number(item.low_ms)} to {number(item.high_ms)}",
             share(item.share),
@@ -238,24 +259,27 @@ def projection_table(projection: Projection) -> str:
         ]
         for item in projection.rows
     ]
-    lines = [
-        f"estimate for {target.name}, {target.precision}: {number(target.peak.tflops)} TFLOP/s, "
-        f"{number(target.peak.gb_s)} GB/s ({target.peak.source})",
-        _rendered(
-            ("part", "B", "noisy", "text", "refs", "ms", "range", "roofline", "measured", "error"),
-            rows,
-        ),
-        *(f"assumed: {text}" for text in projection.assumptions),
-    ]
-    if projection.worst_error is not None:
-        lines.append(
-            f"checked against the profile of that device: off by {share(projection.worst_error)} "
-            "at most"
-        )
-    return "\n".join(lines)
 
 
-def comparison_dict(comparison: Comparison) -> dict[str, Any]:
+def projection_lines(projection: Projection) -> list[str]:
+    """The peak that a projection is for, what it takes for granted, and how far it was off."""
+    peak, worst = projection.target.peak, projection.worst_error
+    lines = [f"{number(peak.tflops)} TFLOP/s, {number(peak.gb_s)} GB/s ({peak.source})"]
+    lines += [f"assumed: {text}" for text in projection.assumptions]
+    if worst is not None:
+        lines.append(f"checked against the profile of that device: off by {share(worst)} at most")
+    return lines
+
+
+def projection_table(projection: Projection) -> str:
+    """A projection with everything that it takes for granted."""
+    peak, *below = projection_lines(projection)
+    above = f"estimate for {projection.target.name}, {projection.target.precision}: {peak}"
+    table = _rendered(PROJECTED, projection_rows(projection))
+    return "\n".join([broken([above]), table, broken(below)])
+
+
+def comparison_dict(comparison: ProfileComparison) -> dict[str, Any]:
     """Plain values of a comparison."""
     return {
         "drift": comparison.drift,
@@ -277,15 +301,14 @@ def comparison_dict(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def comparison_table(comparison: Comparison) -> str:
-    """Two profiles, with what lies beyond noise."""
-    rows = [
+COMPARED = (*_SIZES, "ms", "other", "ratio", "interval", "")
+
+
+def comparison_rows(comparison: ProfileComparison) -> list[list[str]]:
+    """The cells of a comparison's table, under `COMPARED`."""
+    return [
         [
-            item.row.part,
-            str(item.row.batch),
-            str(item.row.num_noisy),
-            str(item.row.num_text),
-            f"{item.row.num_kept}/{item.row.num_reference}",
+            *_size_cells(item.row),
             number(item.row.statistics.median),
             number(item.other.statistics.median),
             f"{item.ratio:.3f}",
@@ -294,11 +317,11 @@ def comparison_table(comparison: Comparison) -> str:
         ]
         for item in comparison.differences
     ]
-    lines = [
-        _rendered(
-            ("part", "B", "noisy", "text", "refs", "ms", "other", "ratio", "interval", ""), rows
-        )
-    ]
+
+
+def comparison_lines(comparison: ProfileComparison) -> list[str]:
+    """What else lies between two profiles."""
+    lines = []
     if comparison.drift is not None:
         lines.append(
             f"the same matrix product took {comparison.drift:.3f} times as long here: the machine "
@@ -308,7 +331,13 @@ def comparison_table(comparison: Comparison) -> str:
     missing = len(comparison.only_here) + len(comparison.only_there)
     if missing:
         lines.append(f"{missing} rows are in one of the two only")
-    return "\n".join(lines)
+    return lines
+
+
+def comparison_table(comparison: ProfileComparison) -> str:
+    """Two profiles, with what lies beyond noise."""
+    table = _rendered(COMPARED, comparison_rows(comparison))
+    return "\n".join([table, *filter(None, [broken(comparison_lines(comparison))])])
 
 
 def _named(row: Row) -> dict[str, Any]:

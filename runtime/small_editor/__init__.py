@@ -9,6 +9,8 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ditrim.engines.presets import small_editor_folder
+
 if TYPE_CHECKING:
     from ditrim.runtime.small_editor.pipeline import SmallEditPipeline, fit_reference, picture_of
     from ditrim.runtime.small_editor.scenes import EditExample, held_out_edits, sample_edit
@@ -21,7 +23,6 @@ __all__ = [
     "fit_reference",
     "held_out_edits",
     "load_small_pipeline",
-    "model_folder",
     "picture_of",
     "sample_edit",
     "samples_folder",
@@ -44,11 +45,6 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
-def model_folder() -> Path:
-    """The folder of the shipped weights, in the layout of any diffusers pipeline."""
-    return Path(__file__).resolve().parent / "model"
-
-
 def samples_folder() -> Path:
     """The folder of a few held-out pictures, listed in its `samples.jsonl`."""
     return Path(__file__).resolve().parent / "samples"
@@ -58,4 +54,4 @@ def load_small_pipeline() -> SmallEditPipeline:
     """The shipped small editor, in float32 on the CPU."""
     from ditrim.runtime.small_editor.pipeline import SmallEditPipeline
 
-    return SmallEditPipeline.from_pretrained(model_folder())
+    return SmallEditPipeline.from_pretrained(small_editor_folder())

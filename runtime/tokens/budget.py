@@ -15,11 +15,11 @@ from ditrim.engines.sets.ladder import Ladder
 from ditrim.plugins.errors import UsageError
 from ditrim.plugins.layout import Grids, lengths_of, slices_of
 
-# (scores (B, L), grids, count) -> (B, count), as `select_with_coverage` and `select_top` are.
+# (scores (B, L), grids, count) -> (B, count), as `select_with_coverage` is.
 Selection = Callable[[Tensor, Grids, int], Tensor]
 
 
-def select_top(scores: Tensor, grids: Grids, count: int) -> Tensor:
+def select_top(scores: Tensor, count: int) -> Tensor:
     """The `count` best of each row, ties to the lower index: (B, count) int64, ascending."""
     order = scores.sort(dim=1, descending=True, stable=True).indices
     return order[:, :count].sort(dim=1).values
@@ -100,7 +100,7 @@ def select_by_budget(
     budgets: Sequence[float | int],
     ladder: Ladder,
     *,
-    selection: Selection = select_top,
+    selection: Selection | None = None,
 ) -> Tensor:
     """Each reference's own budget, spent by `selection` on that reference alone.
 
@@ -116,11 +116,12 @@ def select_by_budget(
     """
     counts = budget_counts(grids, budgets)
     parts = slices_of(lengths_of(grids, scores.shape[1]))
-    kept = [
-        selection(scores[:, part], (grid,), count) + part.start
-        for grid, part, count in zip(grids, parts, counts, strict=True)
-        if count
-    ]
+    kept = []
+    for grid, part, count in zip(grids, parts, counts, strict=True):
+        if count:
+            own = scores[:, part]
+            chosen = selection(own, (grid,), count) if selection else select_top(own, count)
+            kept.append(chosen + part.start)
     return fill_up(torch.cat(kept, dim=1), scores, ladder.round_up(sum(counts)))
 
 
@@ -141,7 +142,7 @@ def keep_region(kept: Tensor, region: Tensor, scores: Tensor, ladder: Ladder) ->
     wanted = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
     wanted = wanted.scatter(1, kept, True) | region.to(scores.device)
     count = int(wanted.sum(dim=1).max())  # the one wait for the device
-    return select_top(scores.masked_fill(wanted, torch.inf), (), ladder.round_up(count))
+    return select_top(scores.masked_fill(wanted, torch.inf), ladder.round_up(count))
 
 
 def fill_up(kept: Tensor, scores: Tensor, count: int) -> Tensor:
@@ -149,7 +150,7 @@ def fill_up(kept: Tensor, scores: Tensor, count: int) -> Tensor:
     count = min(count, scores.shape[1])
     if kept.shape[1] >= count:
         return kept.sort(dim=1).values
-    return select_top(scores.scatter(1, kept, torch.inf), (), count)
+    return select_top(scores.scatter(1, kept, torch.inf), count)
 
 
 def region_of_mask(mask: Any, grid: tuple[int, int]) -> Tensor:

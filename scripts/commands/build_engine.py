@@ -6,7 +6,7 @@ import argparse
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ditrim.commands.console import CommandParser, Terminal, run_command
@@ -78,7 +78,12 @@ def _parser() -> CommandParser:
     split.add_argument(
         "--front-depth", type=int, metavar="K", help="layers that always see the full context"
     )
-    split.add_argument("--layers", metavar="L,L,...", help="layers whose attention is scored")
+    split.add_argument(
+        "--layers",
+        type=_whole_numbers,
+        metavar="L,L,...",
+        help="layers whose attention is scored",
+    )
     split.add_argument(
         "--score-details",
         action="store_true",
@@ -111,7 +116,10 @@ def _parser() -> CommandParser:
         help="accept attention without a fused kernel, which is several times slower",
     )
     plans.add_argument(
-        "--workspace", metavar="SIZE", help="memory that a layer may use for itself, as 8GiB"
+        "--workspace",
+        type=_size,
+        metavar="SIZE",
+        help="memory that a layer may use for itself, as 8GiB",
     )
     plans.add_argument(
         "--optimization-level", type=int, metavar="N", help="0 to 5; the library's default is 3"
@@ -147,6 +155,7 @@ def _parser() -> CommandParser:
     shape = parser.add_argument_group("lengths")
     shape.add_argument(
         "--resolution",
+        type=_resolution,
         action="append",
         metavar="WxH",
         help="size of the picture in the making, in pixels; can be repeated (default: every shape "
@@ -154,6 +163,7 @@ def _parser() -> CommandParser:
     )
     shape.add_argument(
         "--reference-resolution",
+        type=_resolution,
         action="append",
         metavar="WxH",
         help="size of each reference, in pixels; can be repeated (default: every shape that the "
@@ -169,7 +179,9 @@ def _parser() -> CommandParser:
     shape.add_argument("--max-noisy-tokens", type=int, metavar="N", help="of the picture")
     shape.add_argument("--max-text-tokens", type=int, metavar="N", help="of the prompt")
     shape.add_argument("--max-batch", type=int, metavar="N", help="default: 4")
-    shape.add_argument("--ladder", metavar="N,N,...", help="reference lengths, increasing")
+    shape.add_argument(
+        "--ladder", type=_whole_numbers, metavar="N,N,...", help="reference lengths, increasing"
+    )
     shape.add_argument(
         "--rungs", type=int, metavar="N", help="even reference lengths in all (default: 8)"
     )
@@ -194,52 +206,44 @@ def _parser() -> CommandParser:
     return parser
 
 
-def _whole_numbers(option: str, text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    return tuple(
-        _parsed(option, part, int, "whole numbers with commas between, as 512,1024")
-        for part in text.split(",")
-    )
+def _whole_numbers(text: str) -> tuple[int, ...]:
+    allowed = "whole numbers with commas between, as 512,1024"
+    return tuple(_whole(part, allowed) for part in text.split(","))
 
 
-def _parsed(option: str, text: str, make: Callable[[str], int], allowed: str) -> int:
+def _whole(text: str, allowed: str) -> int:
     try:
-        return make(text)
+        return int(text)
     except ValueError:
-        raise UsageError(f"{option}: {text!r} is not valid; give {allowed}") from None
+        raise _invalid(text, allowed) from None
 
 
-def _resolution(option: str, text: str) -> tuple[int, int]:
+def _invalid(text: str, allowed: str) -> argparse.ArgumentTypeError:
+    return argparse.ArgumentTypeError(f"{text!r} is not valid; give {allowed}")
+
+
+def _resolution(text: str) -> tuple[int, int]:
     width, cross, height = text.lower().partition("x")
     if not cross:
-        raise UsageError(f"{option}: {text!r} is not valid; give WIDTHxHEIGHT, as 1024x768")
+        raise _invalid(text, "WIDTHxHEIGHT, as 1024x768")
     allowed = "WIDTHxHEIGHT in pixels, as 1024x768"
-    return _parsed(option, width, int, allowed), _parsed(option, height, int, allowed)
+    return _whole(width, allowed), _whole(height, allowed)
 
 
-_UNITS = {
-    "": 1,
-    "b": 1,
-    "kb": 10**3,
-    "mb": 10**6,
-    "gb": 10**9,
-    "kib": 1 << 10,
-    "mib": 1 << 20,
-    "gib": 1 << 30,
-}
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+_UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 
 
-def _size(option: str, text: str | None) -> int | None:
+def _size(text: str) -> int:
     """Bytes of a size with a unit, as 8GiB."""
-    if text is None:
-        return None
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
     if match is None or match[2] not in _UNITS:
-        raise UsageError(f"{option}: {text!r} is not valid; give a size, as 8GiB or 500MB")
+        raise _invalid(text, "a size, as 8GiB or 500MB")
     number = float(match[1]) * _UNITS[match[2]]
     if math.isinf(number):
-        raise UsageError(f"{option}: {text[:20]}... is more than any memory; give a size, as 8GiB")
+        raise argparse.ArgumentTypeError(
+            f"{text[:20]}... is more than any memory; give a size, as 8GiB"
+        )
     return round(number)
 
 
@@ -270,17 +274,12 @@ def options_from(arguments: argparse.Namespace) -> BuildOptions:
     values = vars(arguments).copy()
     for name in ("json", "verbose", "quiet", "dry_run", "device"):
         del values[name]
-    values["layers"] = _whole_numbers("--layers", arguments.layers)
-    values["ladder"] = _whole_numbers("--ladder", arguments.ladder)
     for name in ("resolution", "reference_resolution"):
-        if values[name] is not None:
-            option = "--" + name.replace("_", "-")
-            values[name] = tuple(_resolution(option, text) for text in values[name])
+        values[name] = None if values[name] is None else tuple(values[name])
     for name in ("precision", "revision"):
         if values[name] is not None and not values[name].strip():
             raise UsageError(f"--{name} is empty; give a name, or leave it out")
     values["precision"] = arguments.precision or ""
-    values["workspace"] = _size("--workspace", arguments.workspace)
     if arguments.compute_capability is not None:
         values["compute_capability"] = tuple(arguments.compute_capability.split(","))
     values["config"] = _config(arguments.config)

@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ditrim.commands.console import CommandParser, Terminal, run_command
+from ditrim.commands.console import (
+    MAX_SEED,
+    CommandParser,
+    Terminal,
+    add_whole,
+    run_command,
+    steps_shown,
+)
 from ditrim.export.family import FAMILIES, Family, family_named
 from ditrim.plugins.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from ditrim.runtime.evaluation.edits import ComparedEdit
 
 _EXAMPLES = """\
   calibrate-layers --preset small --output engines-out/calibration
   calibrate-layers --model qwen-edit --weights ./Qwen-Image-Edit --set ./edits --device cuda
   calibrate-layers --model flux-kontext --set ./edits --front-depth 10 --num-representative 3"""
 _DTYPES = ("float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Sample:
-    """One edit to measure on."""
-
-    images: Callable[[], list[Any]]
-    prompt: str
-    category: str
 
 
 def _parser() -> CommandParser:
@@ -53,16 +52,12 @@ def _parser() -> CommandParser:
         metavar="FOLDER",
         help="pictures and edits.jsonl; the small editor draws its own training scenes",
     )
-    measured.add_argument("--num-samples", type=int, default=48, metavar="N", help="default: 48")
-    measured.add_argument(
-        "--steps", type=int, default=10, metavar="N", help="denoising steps (default: 10)"
-    )
-    measured.add_argument("--seed", type=int, default=0, metavar="N", help="of scenes and noise")
+    add_whole(measured, "--num-samples", 1, None, "edits", 48)
+    add_whole(measured, "--steps", 1, None, "denoising steps", 10)
+    add_whole(measured, "--seed", 0, MAX_SEED, "of scenes and noise", 0)
     chosen = parser.add_argument_group("what is chosen")
-    chosen.add_argument(
-        "--num-representative", type=int, default=3, metavar="M", help="layers (default: 3)"
-    )
-    chosen.add_argument("--front-depth", type=int, metavar="K", help="default: the model's")
+    add_whole(chosen, "--num-representative", 1, None, "layers", 3)
+    add_whole(chosen, "--front-depth", 0, None, "default: the model's")
     parser.add_argument(
         "--output",
         type=Path,
@@ -79,16 +74,6 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--preset is {arguments.preset!r}; allowed: small")
     if arguments.dtype not in (None, *_DTYPES):
         raise UsageError(f"--dtype is {arguments.dtype!r}; allowed: {', '.join(_DTYPES)}")
-    for name, least in (
-        ("num_samples", 1),
-        ("steps", 1),
-        ("num_representative", 1),
-        ("front_depth", 0),
-        ("seed", 0),
-    ):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     if arguments.preset == "small" and (arguments.weights or arguments.set):
         raise UsageError(
             "--preset small has its own weights and scenes: leave --weights, --set out"
@@ -113,43 +98,14 @@ def _check_folder(folder: Path) -> None:
         ) from error
 
 
-def _small_samples(count: int, seed: int) -> list[_Sample]:
-    """Training scenes, as many of each category; never those of the held-out split."""
-    import numpy as np
-    from PIL import Image
-
-    from ditrim.runtime.small_editor import scenes
-
-    samples = []
-    for index in range(count):
-        category = scenes.CATEGORIES[index % len(scenes.CATEGORIES)]
-        rng = np.random.default_rng([seed, index, 0xCA11])
-        example = scenes.sample_edit(rng, category=category, split="train")
-
-        def images(example: Any = example) -> list[Any]:
-            return [Image.fromarray(reference) for reference in example.references]
-
-        samples.append(_Sample(images=images, prompt=example.prompt, category=category))
-    return samples
-
-
-def _folder_samples(folder: Path, count: int, family: Family) -> list[_Sample]:
-    from ditrim.runtime.editing.edit_set import load_edit_set
-    from ditrim.runtime.editing.pictures import open_picture
-
-    samples = []
-    for task in load_edit_set(folder)[:count]:
-
-        def images(task: Any = task) -> list[Any]:
-            return [open_picture(path) for path in task.images]
-
-        if len(task.images) > family.max_references:
+def _check_references(samples: Sequence[ComparedEdit], family: Family, folder: Path) -> None:
+    for sample in samples:
+        number = len(sample.open().images)
+        if number > family.max_references:
             raise UsageError(
-                f"an edit of {folder} has {len(task.images)} pictures; {family.name} takes at "
-                f"most {family.max_references}"
+                f"an edit of {folder} has {number} pictures; {family.name} takes at most "
+                f"{family.max_references}"
             )
-        samples.append(_Sample(images=images, prompt=task.prompt, category=task.category))
-    return samples
 
 
 def _load_pipeline(arguments: argparse.Namespace) -> Any:
@@ -180,17 +136,6 @@ def _load_pipeline(arguments: argparse.Namespace) -> Any:
         raise UsageError(f"--device {arguments.device} cannot be used: {first_line}") from error
 
 
-@contextmanager
-def _counted(terminal: Terminal, samples: Sequence[_Sample]) -> Iterator[Iterator[_Sample]]:
-    """The samples, one by one, with a progress bar on a terminal."""
-    from rich.progress import Progress
-
-    with Progress(
-        console=terminal.console, disable=terminal.is_quiet or not terminal.console.is_terminal
-    ) as progress:
-        yield iter(progress.track(samples, description="measuring"))
-
-
 def _calibrate(arguments: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
     _check(arguments)
     _check_folder(arguments.output)
@@ -204,12 +149,12 @@ def _calibrate(arguments: argparse.Namespace, terminal: Terminal) -> dict[str, A
         top_layers,
     )
     from ditrim.plugins.architectures.transformers import blocks_of
+    from ditrim.runtime.evaluation.edits import choose_samples
 
     family = family_named(arguments.model)
-    if arguments.preset == "small":
-        samples = _small_samples(arguments.num_samples, arguments.seed)
-    else:
-        samples = _folder_samples(arguments.set, arguments.num_samples, family)
+    samples = choose_samples(arguments.set, arguments.num_samples, "layers", arguments.seed)
+    if arguments.set is not None:
+        _check_references(samples, family, arguments.set)
     pipe = _load_pipeline(arguments)
     num_layers = len(blocks_of(pipe.transformer))
     front_depth = arguments.front_depth
@@ -219,9 +164,10 @@ def _calibrate(arguments: argparse.Namespace, terminal: Terminal) -> dict[str, A
     pipe.set_progress_bar_config(disable=True)
     raw: dict[str, list[list[float]]] = {}
     mass: dict[str, list[list[float]]] = {}
-    with _counted(terminal, samples) as counted:
-        for index, sample in enumerate(counted):
-            images = sample.images()
+    with steps_shown(terminal, "measuring", len(samples), "edits") as advance:
+        for index, sample in enumerate(samples):
+            advance(index, sample.name)
+            images = list(sample.open().images)
             with sensitivity_recorded(pipe.transformer) as recorder:
                 pipe(
                     image=images if len(images) > 1 else images[0],
@@ -259,9 +205,9 @@ def _default_front_depth(preset: str | None, family_default: int) -> int:
     if preset is None:
         return family_default
     from ditrim.engines.build.source import read_calibration
-    from ditrim.runtime.small_editor import model_folder
+    from ditrim.engines.presets import small_editor_folder
 
-    return int(read_calibration(model_folder() / "calibration.json").get("front_depth", 1))
+    return int(read_calibration(small_editor_folder() / "calibration.json").get("front_depth", 1))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

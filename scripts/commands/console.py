@@ -7,8 +7,10 @@ import errno
 import json
 import logging
 import os
+import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
@@ -16,12 +18,21 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from ditrim.plugins.errors import DitrimError, UsageError
 
 EXIT_OK, EXIT_FAILURE, EXIT_USAGE = 0, 1, 2
 EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
+MAX_SEED, MAX_STEPS, MAX_THREADS = 2**32 - 1, 1000, 1024
 _OS_REMEDIES = {
     errno.ENOSPC: "the disk is full; free some space or choose another place",
     errno.EDQUOT: "your disk quota is used up; free some space or choose another place",
@@ -64,7 +75,46 @@ class CommandParser(argparse.ArgumentParser):
         common.add_argument("--quiet", action="store_true", help="print errors only")
 
     def error(self, message: str) -> NoReturn:
+        message = re.sub("^(--[^:]+): must", r"\1 must", message.removeprefix("argument "))
         raise UsageError(f"{message}. See {self.prog} --help")
+
+
+def add_whole(
+    group: Any,
+    option: str,
+    least: int,
+    most: int | None,
+    text: str,
+    default: int | None = None,
+    **more: Any,
+) -> None:
+    """Add an option that takes whole numbers in [least, most]; its help tells the default."""
+    _add(group, option, _ranged(int, least, most), text, default, metavar="N", **more)
+
+
+def add_number(
+    group: Any, option: str, least: float, most: float, text: str, default: float | None = None
+) -> None:
+    """Add an option that takes numbers in [least, most]; its help tells the default."""
+    _add(group, option, _ranged(float, least, most), text, default, metavar="X")
+
+
+def _add(group: Any, option: str, kind: Any, text: str, default: Any, **more: Any) -> None:
+    told = text if default is None else f"{text} (default: {default})"
+    group.add_argument(option, type=kind, default=default, help=told, **more)
+
+
+def _ranged(kind: Callable[[str], Any], least: float, most: float | None) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        value = kind(text)
+        if most is None and value < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        if most is not None and not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"must lie in [{least}, {most}], got {value}")
+        return value
+
+    read.__name__ = kind.__name__  # argparse says it where the text is no number
+    return read
 
 
 class Terminal:
@@ -113,10 +163,14 @@ class Terminal:
             finally:
                 self._progress = self._task = None
 
-    def stage(self, name: str) -> None:
-        """Begin a stage; an interrupt that a library swallowed stops the work here."""
+    def check_interrupt(self) -> None:
+        """Stop the work if a signal asked for it; a library may have swallowed the interrupt."""
         if self.interrupted_by is not None:
             raise KeyboardInterrupt
+
+    def stage(self, name: str) -> None:
+        """Begin a stage."""
+        self.check_interrupt()
         if self._progress is not None:
             self._end_stage()
             self._task = self._progress.add_task(escape(name), total=None, amount="")
@@ -246,47 +300,30 @@ def _signals_noted(terminal: Terminal) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def add_machine_options(parser: argparse.ArgumentParser) -> None:
-    """The options of every command that runs an engine set in its pipeline."""
-    machine = parser.add_argument_group("machine")
-    machine.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda or cuda:N"
-    )
-    machine.add_argument(
-        "--threads", type=int, default=0, metavar="N", help="CPU threads (default: one a core)"
-    )
-    machine.add_argument(
-        "--pipeline",
-        metavar="FOLDER|HUB-ID",
-        help="where VAE, text encoder and scheduler are (default: where the engine set's weights "
-        "came from)",
-    )
-    machine.add_argument(
-        "--scheduler",
-        metavar="FILE|lightning",
-        help="in place of the pipeline's: a scheduler_config.json, or lightning for distilled "
-        "editors (4 or 8 steps without guidance)",
-    )
-    machine.add_argument(
-        "--verify",
-        choices=("sizes", "hashes"),
-        default="sizes",
-        help="how the engine set's files are checked (default: sizes)",
-    )
-
-
 @contextmanager
-def steps_shown(terminal: Terminal, title: str, steps: int) -> Iterator[Callable[[int, str], None]]:
-    """A bar of so many steps with the remaining time on a terminal, one line elsewhere.
+def steps_shown(
+    terminal: Terminal, title: str, steps: int, unit: str = "steps", lines: int = 1
+) -> Iterator[Callable[[int, str], None]]:
+    """A bar with the remaining time on a terminal, as many lines elsewhere.
 
-    Gives a function that takes how many are done, and a word about the last one.
+    Gives a function that takes how many steps are done, and a word about the one at hand; it
+    raises `KeyboardInterrupt` if a signal came in between.
     """
     if terminal.is_quiet or not terminal.console.is_terminal:
-        terminal.stage(f"{title}: {steps} steps")
-        yield lambda done, detail: None
-        return
-    from rich.progress import MofNCompleteColumn, TimeRemainingColumn
+        terminal.stage(f"{title}: {steps} {unit}")
+        every, started = max(1, steps // lines), time.monotonic()
 
+        def tell(done: int, detail: str) -> None:
+            nonlocal started
+            terminal.check_interrupt()
+            if done == 0:  # what comes before the first step is not counted
+                started = time.monotonic()
+            if 0 < done < steps and lines > 1 and done % every == 0:
+                left = (time.monotonic() - started) / done * (steps - done)
+                terminal.stage(f"{title}: {done} of {steps}; {detail}, about {left:,.0f} s left")
+
+        yield tell
+        return
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -296,7 +333,12 @@ def steps_shown(terminal: Terminal, title: str, steps: int) -> Iterator[Callable
         console=terminal.console,
     ) as bar:
         task = bar.add_task(title, total=steps, detail="")
-        yield lambda done, detail: bar.update(task, completed=done, detail=detail)
+
+        def advance(done: int, detail: str) -> None:
+            terminal.check_interrupt()
+            bar.update(task, completed=done, detail=escape(detail))
+
+        yield advance
 
 
 @contextmanager

@@ -10,12 +10,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ditrim.commands.console import (
+    MAX_SEED,
     CommandParser,
     Terminal,
-    add_machine_options,
+    add_whole,
     run_command,
     steps_shown,
     warnings_noted,
+)
+from ditrim.commands.editing import (
+    add_machine_options,
+    add_request_options,
+    open_engines,
+    open_pipeline,
+    request_of,
 )
 from ditrim.plugins.errors import UsageError
 from ditrim.runtime.policies.topi import ToPi
@@ -40,8 +48,6 @@ _EXAMPLES = """\
   edit-image --engine <set> --image in.png --prompt "..." --output out.png \\
       --policy "auto min_influence=0.9" """
 _POLICY_OPTIONS = ("tau", "interval", "warmup", "score_every", "min_kept", "max_kept")
-_MAX_SEED = 2**32 - 1
-_MAX_THREADS = 1024
 
 
 def _parser() -> CommandParser:
@@ -62,26 +68,8 @@ def _parser() -> CommandParser:
     )
     edit.add_argument("--prompt", required=True, metavar="TEXT", help="the instruction")
     edit.add_argument("--output", required=True, metavar="FILE", help=".png, .jpg, .jpeg or .webp")
-    edit.add_argument("--steps", type=int, metavar="N", help="default: the pipeline's")
-    edit.add_argument("--seed", type=int, default=0, metavar="N", help="of the noise (default: 0)")
-    edit.add_argument("--negative-prompt", metavar="TEXT", help="for true guidance")
-    edit.add_argument(
-        "--true-cfg-scale",
-        type=float,
-        metavar="X",
-        help="true classifier-free guidance, above 1 (two model calls a step); without "
-        '--negative-prompt against " "',
-    )
-    edit.add_argument(
-        "--guidance", type=float, metavar="X", help="embedded guidance scale (FLUX.1-Kontext)"
-    )
-    edit.add_argument(
-        "--size",
-        default="auto",
-        metavar="WxH|auto",
-        help="of the result in pixels; auto (default) is the first picture's shape at the "
-        "pipeline's own area",
-    )
+    add_whole(edit, "--seed", 0, MAX_SEED, "of the noise", 0)
+    add_request_options(edit)
     policy = parser.add_argument_group("policy")
     policy.add_argument(
         "--policy",
@@ -157,52 +145,21 @@ def _edit(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
         from ditrim.runtime.caches.calibration import step_cache_from
         from ditrim.runtime.policy_text import policy_from_text
 
-        _check_numbers(args)
+        _check_prompts(args)
         text = _policy_text(args, terminal)
         policy = policy_from_text(text).policy
         _check_files(args, policy, has_cache=args.cache is not None)
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported
-
         from ditrim.runtime.editing.pictures import open_picture
-        from ditrim.runtime.editing.pipelines import (
-            EditRequest,
-            component_dtype,
-            load_pipeline,
-            prepare_request,
-            region_from,
-            silence_libraries,
-        )
-        from ditrim.runtime.editing.result_size import parse_size
+        from ditrim.runtime.editing.pipelines import prepare_request, region_from
 
-        request = EditRequest(
-            images=tuple(open_picture(path) for path in args.image),
-            prompt=args.prompt,
-            negative_prompt=args.negative_prompt,
-            true_cfg_scale=args.true_cfg_scale,
-            guidance=args.guidance,
-            steps=args.steps,
-            size=parse_size(args.size),
-            seed=args.seed,
-        )
-        terminal.stage(f"loading {args.engine}")
-        from ditrim.engines.load import load_engines
-
-        engines = load_engines(
-            args.engine, device=args.device, threads=args.threads, verify=args.verify
-        )
+        images = tuple(open_picture(path) for path in args.image)
+        request = request_of(args, images, args.prompt, args.seed)
+        engines = open_engines(args, terminal)
         engine_set = engines.engine_set
         policy, cache = policy_from_text(text, engine_set.manifest.model)
         if args.cache is not None:
             cache = step_cache_from(args.cache, engine_set)
-        silence_libraries()
-        pipe = load_pipeline(
-            engine_set,
-            args.pipeline,
-            dtype=component_dtype(engines),
-            scheduler=args.scheduler,
-        )
-        if engines.device.type == "cuda":
-            pipe.to(engines.device)
+        pipe = open_pipeline(args, engines)
         request = prepare_request(pipe, engine_set, request)
         region = None
         if args.keep_region is not None:
@@ -242,21 +199,7 @@ def _policy_text(args: argparse.Namespace, terminal: Terminal) -> str:
     return " ".join([*words, *(f"{name}={value}" for name, value in given.items())])
 
 
-def _check_numbers(args: argparse.Namespace) -> None:
-    if not 0 <= args.seed <= _MAX_SEED:
-        raise UsageError(f"--seed must lie in [0, {_MAX_SEED}], got {args.seed}")
-    if args.steps is not None and not 1 <= args.steps <= 1000:
-        raise UsageError(f"--steps must lie in [1, 1000], got {args.steps}")
-    if not 0 <= args.threads <= _MAX_THREADS:
-        raise UsageError(
-            f"--threads must be in [0, {_MAX_THREADS}] (0: one a core), got {args.threads}"
-        )
-    for option, value in (
-        ("--true-cfg-scale", args.true_cfg_scale),
-        ("--guidance", args.guidance),
-    ):
-        if value is not None and not 0.0 <= value <= 1000.0:
-            raise UsageError(f"{option} must lie in [0, 1000], got {value}")
+def _check_prompts(args: argparse.Namespace) -> None:
     for option, text in (("--prompt", args.prompt), ("--negative-prompt", args.negative_prompt)):
         try:
             (text or "").encode()
@@ -335,8 +278,6 @@ def _run(
         with steps_shown(terminal, f"denoising, {title}", request.steps) as advance:
 
             def on_step(done: int, total: int) -> None:
-                if terminal.interrupted_by is not None:  # a library may have swallowed it
-                    raise KeyboardInterrupt
                 record = attachment.report.steps[-1]
                 kept = record.num_kept / record.num_reference
                 advance(done, f"{record.role}, {kept:.0%} of reference tokens")

@@ -5,17 +5,26 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditrim.commands.console import (
+    MAX_SEED,
     CommandParser,
     Terminal,
-    add_machine_options,
+    add_whole,
     run_command,
+    steps_shown,
     warnings_noted,
+)
+from ditrim.commands.editing import (
+    add_machine_options,
+    add_request_options,
+    check_packages,
+    open_engines,
+    open_pipeline,
+    request_of,
 )
 from ditrim.plugins.errors import LadderError, UsageError
 
@@ -34,7 +43,10 @@ _EXAMPLES = """\
       --policy "ToPi: topi" --policy "ToPi with cache: topi cache=0.05"
 The same command again goes on where it was interrupted; further policies, seeds and edits are
 added to what is there."""
-_MAX_SEEDS, _MAX_SEED, _MAX_STEPS, _MAX_THREADS = 1000, 2**32 - 1, 1000, 1024
+_MAX_SEEDS = 1000
+# What a comparison is of, among the options and of its edits.
+_ASKED = ("negative_prompt", "true_cfg_scale", "guidance", "size", "scheduler")
+_OF_EDITS = ("name", "category", "prompt", "fingerprint")
 _LINES = 20  # of progress where there is no terminal
 
 
@@ -81,36 +93,17 @@ def _parser() -> CommandParser:
         help="a folder with pictures and edits.jsonl, or the small editor's scenes (default: "
         "held-out)",
     )
-    compared.add_argument(
-        "--count", type=int, metavar="N", help="edits (default: 64 scenes, or all of a folder)"
-    )
+    text = "edits (default: 64 scenes, or all of a folder)"
+    add_whole(compared, "--count", 1, 10**6, text)
     compared.add_argument(
         "--seeds", default="0", metavar="N,N,...", help="of the noise (default: 0)"
     )
-    compared.add_argument("--steps", type=int, metavar="N", help="default: the pipeline's")
-    compared.add_argument("--negative-prompt", metavar="TEXT", help="for true guidance")
-    compared.add_argument(
-        "--true-cfg-scale", type=float, metavar="X", help="true classifier-free guidance, above 1"
-    )
-    compared.add_argument(
-        "--guidance", type=float, metavar="X", help="embedded guidance scale (FLUX.1-Kontext)"
-    )
-    compared.add_argument(
-        "--size",
-        default="auto",
-        metavar="WxH|auto",
-        help="of the results in pixels; auto (default) is each first picture's shape",
-    )
+    add_request_options(compared)
     add_machine_options(parser)
     results = parser.add_argument_group("results")
     results.add_argument("--output", required=True, type=Path, metavar="FOLDER")
-    results.add_argument(
-        "--strips",
-        type=int,
-        default=2,
-        metavar="N",
-        help="edits of each category whose pictures are shown (default: 2)",
-    )
+    text = "edits of each category whose pictures are shown"
+    add_whole(results, "--strips", 0, 10**6, text, 2)
     results.add_argument("--no-lpips", action="store_true", help="leave LPIPS out")
     return parser
 
@@ -124,47 +117,17 @@ def _evaluate(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
     """Everything that can be refused is refused before the first run."""
     with warnings_noted(terminal):
         seeds = _seeds_of(args.seeds)
-        _check_numbers(args)
         _contenders(args.policy, None)
-        _check_packages()
-        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported
+        check_packages("evaluate-policies", "skimage", "jinja2")
         from ditrim.runtime.evaluation.edits import choose_edits
-
-        edits = choose_edits(args.edits, args.count)
-        terminal.stage(f"loading {args.engine}")
-        from ditrim.engines.load import load_engines
-        from ditrim.runtime.editing.pipelines import (
-            EditRequest,
-            component_dtype,
-            load_pipeline,
-            silence_libraries,
-        )
-        from ditrim.runtime.editing.result_size import parse_size
         from ditrim.runtime.evaluation.folder import open_folder
         from ditrim.runtime.metrics import load_lpips
 
-        engines = load_engines(
-            args.engine, device=args.device, threads=args.threads, verify=args.verify
-        )
+        edits = choose_edits(args.edits, args.count)
+        engines = open_engines(args, terminal)
         contenders = _contenders(args.policy, engines.engine_set)
-        silence_libraries()
-        pipe = load_pipeline(
-            engines.engine_set,
-            args.pipeline,
-            dtype=component_dtype(engines),
-            scheduler=args.scheduler,
-        )
-        if engines.device.type == "cuda":
-            pipe.to(engines.device)
-        request = EditRequest(
-            images=(),
-            prompt="",
-            negative_prompt=args.negative_prompt,
-            true_cfg_scale=args.true_cfg_scale,
-            guidance=args.guidance,
-            steps=args.steps,
-            size=parse_size(args.size),
-        )
+        pipe = open_pipeline(args, engines)
+        request = request_of(args)
         _check_edits(pipe, engines, edits, request)
         lpips, lpips_note = (None, "LPIPS was left out with --no-lpips")
         if not args.no_lpips:
@@ -200,36 +163,9 @@ def _seeds_of(text: str) -> list[int]:
         ) from None
     if len(set(seeds)) != len(seeds) or not 1 <= len(seeds) <= _MAX_SEEDS:
         raise UsageError(f"--seeds must be different, {_MAX_SEEDS} at most, got {text!r}")
-    if not all(0 <= seed <= _MAX_SEED for seed in seeds):
-        raise UsageError(f"--seeds must lie in [0, {_MAX_SEED}], got {text!r}")
+    if not all(0 <= seed <= MAX_SEED for seed in seeds):
+        raise UsageError(f"--seeds must lie in [0, {MAX_SEED}], got {text!r}")
     return seeds
-
-
-def _check_numbers(args: argparse.Namespace) -> None:
-    for option, value, least, most in (
-        ("--count", args.count, 1, 10**6),
-        ("--steps", args.steps, 1, _MAX_STEPS),
-        ("--threads", args.threads, 0, _MAX_THREADS),
-        ("--strips", args.strips, 0, 10**6),
-        ("--true-cfg-scale", args.true_cfg_scale, 0, 1000),
-        ("--guidance", args.guidance, 0, 1000),
-    ):
-        if value is not None and not least <= value <= most:
-            raise UsageError(f"{option} must lie in [{least}, {most}], got {value}")
-
-
-def _check_packages() -> None:
-    """The page and SSIM need more than the runtime does."""
-    missing = []
-    for module, package in (("skimage", "scikit-image"), ("jinja2", "jinja2")):
-        try:
-            __import__(module)
-        except ImportError:
-            missing.append(package)
-    if missing:
-        raise UsageError(
-            f"evaluate-policies needs {' and '.join(missing)}: pip install 'ditrim[report]'"
-        )
 
 
 def _contenders(texts: Sequence[str], engine_set: EngineSet | None) -> list[Contender]:
@@ -311,25 +247,13 @@ def _settings(
             "pipeline": args.pipeline,
             "edits": args.edits,
             "steps": args.steps or default_steps(pipe, engines.engine_set),
-            "negative_prompt": args.negative_prompt,
-            "true_cfg_scale": args.true_cfg_scale,
-            "guidance": args.guidance,
-            "size": args.size,
-            "scheduler": args.scheduler,
+            **{name: getattr(args, name) for name in _ASKED},
             "lpips": "AlexNet" if has_lpips else "left out",
             "machine": machine_name(engines),
             "threads": args.threads,
             "versions": library_versions(),
         },
-        "edits": [
-            {
-                "name": edit.name,
-                "category": edit.category,
-                "prompt": edit.prompt,
-                "fingerprint": edit.fingerprint,
-            }
-            for edit in edits
-        ],
+        "edits": [{name: getattr(edit, name) for name in _OF_EDITS} for edit in edits],
         "seeds": list(seeds),
         "policies": [
             {"label": c.label, "text": policy_to_text(c.policy, c.cache)} for c in contenders
@@ -351,6 +275,8 @@ def machine_name(engines: Engines) -> str:
 
 def _run(comparison: Comparison, terminal: Terminal) -> None:
     """Make the missing runs under a bar; an interrupt says how to go on."""
+    from ditrim.runtime.evaluation.comparison import WARMING_UP
+
     total = sum(len(wanted) for _, _, wanted in comparison.missing())
     present = len(comparison.folder.rows)
     if present:
@@ -358,65 +284,23 @@ def _run(comparison: Comparison, terminal: Terminal) -> None:
     if not total:
         return
 
-    def stop_if_asked() -> None:
-        if terminal.interrupted_by is not None:  # a library may have swallowed it
-            raise KeyboardInterrupt
-
-    comparison.on_step = stop_if_asked
+    comparison.on_step = terminal.check_interrupt
+    done = 0
     try:
-        with _runs_shown(terminal, total) as advance:
-            comparison.on_run = advance
+        with steps_shown(terminal, "comparing", total, "runs", lines=_LINES) as advance:
+
+            def on_run(edit: str, seed: int, label: str) -> None:
+                nonlocal done
+                advance(done, f"{edit}, {label}")
+                done += not label.endswith(WARMING_UP)
+
+            comparison.on_run = on_run
             comparison.run()
+            advance(total, "")
     except KeyboardInterrupt:
         made = len(comparison.folder.rows)
         terminal.note(f"{made} runs are kept; the same command again goes on from there")
         raise
-
-
-@contextmanager
-def _runs_shown(terminal: Terminal, total: int) -> Iterator[Any]:
-    """A bar of runs with the remaining time on a terminal, some lines elsewhere."""
-    from ditrim.runtime.evaluation.comparison import WARMING_UP
-
-    started, done = 0.0, 0
-
-    if terminal.is_quiet or not terminal.console.is_terminal:
-        every = max(1, total // _LINES)
-
-        def tell(edit: str, seed: int, label: str) -> None:
-            nonlocal done, started
-            if label.endswith(WARMING_UP):
-                return
-            started = started or time.monotonic()
-            if done % every == 0:
-                left = (time.monotonic() - started) / done * (total - done) if done else None
-                remains = "" if left is None else f", about {left:,.0f} s left"
-                terminal.stage(f"run {done + 1} of {total}: {edit}, {label}{remains}")
-            done += 1
-
-        yield tell
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as Remaining
-
-    with Progress(
-        TextColumn("comparing"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        Remaining(elapsed_when_finished=True),
-        TextColumn("{task.fields[detail]}"),
-        console=terminal.console,
-    ) as bar:
-        task = bar.add_task("comparing", total=total, detail="")
-
-        def show(edit: str, seed: int, label: str) -> None:
-            nonlocal done
-            bar.update(task, completed=done, detail=f"{edit}, {label}")
-            if not label.endswith(WARMING_UP):
-                done += 1
-
-        yield show
-        bar.update(task, completed=total, detail="")
 
 
 def _write(comparison: Comparison, lpips_note: str, terminal: Terminal) -> dict[str, Any]:

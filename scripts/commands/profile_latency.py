@@ -6,17 +6,19 @@ import argparse
 import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ditrim.commands.console import (
     CommandParser,
     Terminal,
+    add_number,
+    add_whole,
     run_command,
     steps_shown,
     warnings_noted,
 )
+from ditrim.commands.editing import add_device_options, check_packages
 from ditrim.plugins.errors import DitrimError, LadderError, UsageError
 
 if TYPE_CHECKING:
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from ditrim.engines.sets.manifest import Manifest
     from ditrim.runtime.profiling.measure import Geometry
     from ditrim.runtime.profiling.profile import Profile
-    from ditrim.runtime.profiling.projection import Comparison, Projection, Target
+    from ditrim.runtime.profiling.projection import ProfileComparison, Projection, ProjectionTarget
     from ditrim.runtime.profiling.run_cost import RecordedRun, ReplayedRun, ScheduleEstimate
 
 _EXAMPLES = """\
@@ -34,8 +36,7 @@ _EXAMPLES = """\
   profile-latency --profile profile/profile.json --report report.json
   profile-latency --profile profile/profile.json --project h20
   profile-latency --engine <set> --compare profile/profile.json"""
-_MOST_GEOMETRIES, _MOST_REPEATS, _MOST_THREADS = 64, 10_000, 1024
-_LEAST_REPEATS = 3
+_MOST_GEOMETRIES, _LEAST_REPEATS, _MOST_REPEATS = 64, 3, 10_000
 _FILES = {suffix: f"profile.{suffix}" for suffix in ("json", "csv", "html")}
 _SIZES = ("batch", "text", "noisy", "resolution", "reference", "rung")
 
@@ -53,13 +54,6 @@ def _parser() -> CommandParser:
         "--profile", metavar="FILE", help="a profile.json, in place of measuring again"
     )
     sizes = parser.add_argument_group("sizes (each again for more; all combinations are measured)")
-    sizes.add_argument("--batch", type=int, action="append", metavar="N", help="default: 1")
-    sizes.add_argument(
-        "--text", type=int, action="append", metavar="N", help="tokens (default: the set's most)"
-    )
-    sizes.add_argument(
-        "--noisy", type=int, action="append", metavar="N", help="tokens (default: the set's most)"
-    )
     sizes.add_argument(
         "--resolution",
         action="append",
@@ -67,26 +61,19 @@ def _parser() -> CommandParser:
         help="pixels of the picture, in place of --noisy; the references are as large unless "
         "--reference says otherwise",
     )
-    sizes.add_argument(
-        "--reference",
-        type=int,
-        action="append",
-        metavar="N",
-        help="reference tokens in all (default: the ladder's longest)",
-    )
-    sizes.add_argument(
-        "--rung", type=int, action="append", metavar="N", help="of BACK (default: all rungs)"
-    )
+    for option, text in (
+        ("--batch", "default: 1"),
+        ("--text", "tokens (default: the set's most)"),
+        ("--noisy", "tokens (default: the set's most)"),
+        ("--reference", "reference tokens in all (default: the ladder's longest)"),
+        ("--rung", "of BACK (default: all rungs)"),
+    ):
+        add_whole(sizes, option, 1, None, text, action="append")
     measuring = parser.add_argument_group("measuring")
-    measuring.add_argument(
-        "--repeats", type=int, default=20, metavar="N", help="rounds that count (default: 20)"
-    )
-    measuring.add_argument(
-        "--warmup", type=int, default=3, metavar="N", help="rounds before them (default: 3)"
-    )
-    measuring.add_argument(
-        "--tau", type=float, default=0.85, metavar="X", help="of the selection (default: 0.85)"
-    )
+    repeats = _LEAST_REPEATS, _MOST_REPEATS
+    add_whole(measuring, "--repeats", *repeats, "rounds that count", 20)
+    add_whole(measuring, "--warmup", 1, _MOST_REPEATS, "rounds before them", 3)
+    add_number(measuring, "--tau", 0.0, 1.0, "of the selection", 0.85)
     measuring.add_argument(
         "--max-noise",
         type=float,
@@ -94,18 +81,7 @@ def _parser() -> CommandParser:
         help="how far the interval of a median may reach to each side, as a share of it "
         "(default: 0.1)",
     )
-    measuring.add_argument(
-        "--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda or cuda:N"
-    )
-    measuring.add_argument(
-        "--threads", type=int, default=0, metavar="N", help="CPU threads (default: one a core)"
-    )
-    measuring.add_argument(
-        "--verify",
-        choices=("sizes", "hashes"),
-        default="sizes",
-        help="how the engine set's files are checked (default: sizes)",
-    )
+    add_device_options(measuring)
     questions = parser.add_argument_group("questions")
     questions.add_argument(
         "--schedule",
@@ -128,6 +104,9 @@ def _parser() -> CommandParser:
         "--precision", choices=("bf16", "fp16"), help="with --project, of the engines there"
     )
     results = parser.add_argument_group("results")
+    results.add_argument(
+        "--wide", action="store_true", help="show every column of the table, as the page does"
+    )
     results.add_argument(
         "--output",
         type=Path,
@@ -163,7 +142,7 @@ def _run(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
                     "break-even share or best interval is told; give a --schedule for those"
                 )
         other = None if args.compare is None else load_profile(args.compare, "--compare")
-        target: Target | None = None
+        target: ProjectionTarget | None = None
         if args.profile is not None:
             profile = load_profile(args.profile)
             if args.max_noise is not None:
@@ -197,24 +176,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("--noisy and --resolution both say how large the picture is; give one")
     if args.precision is not None and args.project is None:
         raise UsageError("--precision goes with --project")
-    _check_ranges(args)
-
-
-def _check_ranges(args: argparse.Namespace) -> None:
-    for option, value, least, most in (
-        ("--repeats", args.repeats, _LEAST_REPEATS, _MOST_REPEATS),
-        ("--warmup", args.warmup, 1, _MOST_REPEATS),
-        ("--tau", args.tau, 0.0, 1.0),
-        ("--threads", args.threads, 0, _MOST_THREADS),
-    ):
-        if not least <= value <= most:
-            raise UsageError(f"{option} must lie in [{least}, {most}], got {value}")
     if args.max_noise is not None and not 0.0 < args.max_noise <= 10.0:
         raise UsageError(f"--max-noise must lie in (0, 10], got {args.max_noise}")
-    for name in ("batch", "text", "noisy", "reference", "rung"):
-        for value in getattr(args, name) or ():
-            if value < 1:
-                raise UsageError(f"--{name} must be at least 1, got {value}")
 
 
 def _check_output(folder: Path | None) -> None:
@@ -222,12 +185,7 @@ def _check_output(folder: Path | None) -> None:
         return
     from ditrim.runtime.editing.pictures import check_output
 
-    missing = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
-    if missing:
-        raise UsageError(
-            f"--output: the page of a profile needs {' and '.join(missing)}: "
-            "pip install 'ditrim[report]'"
-        )
+    check_packages("--output: the page of a profile", "jinja2", "matplotlib")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -236,7 +194,7 @@ def _check_output(folder: Path | None) -> None:
         check_output(folder / name, "--output")
 
 
-def _target(args: argparse.Namespace, own: str) -> Target | None:
+def _target(args: argparse.Namespace, own: str) -> ProjectionTarget | None:
     from ditrim.runtime.profiling.projection import target_from
 
     return None if args.project is None else target_from(args.project, own, args.precision)
@@ -247,7 +205,7 @@ def _measure(
     terminal: Terminal,
     recorded: RecordedRun | None,
     other: Profile | None,
-) -> tuple[Profile, Target | None]:
+) -> tuple[Profile, ProjectionTarget | None]:
     from ditrim.engines.sets.engine_set import load_engine_set
     from ditrim.runtime.profiling.projection import check_common_size, check_model
     from ditrim.runtime.profiling.run_cost import check_report_model
@@ -277,13 +235,7 @@ def _measure(
     meter = Meter(engines, geometries, rungs, args.tau)
     rounds = args.warmup + args.repeats
     with steps_shown(terminal, _title(len(geometries)), rounds) as advance:
-
-        def on_round(done: int, detail: str) -> None:
-            if terminal.interrupted_by is not None:  # a library may have swallowed it
-                raise KeyboardInterrupt
-            advance(done, detail)
-
-        meter.measure(args.repeats, args.warmup, on_round)
+        meter.measure(args.repeats, args.warmup, advance)
     machine["clocks"]["after"] = clocks(meter.is_cuda)
     machine["load"]["after"] = load_average()
     settings = {
@@ -441,7 +393,7 @@ def _write(
     replays: Sequence[ReplayedRun],
     projection: Projection | None,
     projected: Sequence[ScheduleEstimate],
-    comparison: Comparison | None,
+    comparison: ProfileComparison | None,
 ) -> dict[str, Any]:
     """Write and say everything; returns what `--json` prints."""
     from ditrim.runtime.profiling import text as profile_text
@@ -462,19 +414,21 @@ def _write(
         }
         for geometry in profile.geometries
     ]
-    terminal.say(profile_text.profile_table(profile))
+    terminal.say(profile_text.profile_table(profile, is_wide=args.wide))
     if estimates:
         content["schedule"] = [asdict(estimate) for estimate in estimates]
-        terminal.say(profile_text.schedule_lines(estimates, profile))
+        terminal.say(profile_text.broken(profile_text.schedule_lines(estimates, profile)))
     if replays:
         content["report"] = [asdict(item) for item in replays]
-        terminal.say(profile_text.replay_lines(replays))
+        terminal.say(profile_text.broken(profile_text.replay_lines(replays)))
     if projection is not None:
         content["projection"] = profile_text.projection_dict(projection)
         terminal.say(profile_text.projection_table(projection))
         if projected:
             content["projection"]["schedule"] = [asdict(estimate) for estimate in projected]
-            terminal.say(profile_text.schedule_lines(projected, projection.profile))
+            terminal.say(
+                profile_text.broken(profile_text.schedule_lines(projected, projection.profile))
+            )
     if comparison is not None:
         content["comparison"] = profile_text.comparison_dict(comparison)
         terminal.say(profile_text.comparison_table(comparison))

@@ -52,7 +52,7 @@ needs_rtx = pytest.mark.skipif(
         ("--max-noisy-tokens -1", "--max-noisy-tokens is -1; it must be a whole number, 1 or more"),
         ("--max-text-tokens 4080", "lower --resolution or --max-text-tokens"),
         ("--granularity 0", "--granularity is 0; it must be a whole number, 1 or more"),
-        ("--granularity nan", "argument --granularity: invalid int value: 'nan'"),
+        ("--granularity nan", "--granularity: invalid int value: 'nan'"),
         ("--granularity 8192", "--granularity is 8192; it must be at most 4272, the longest"),
         ("--resolution 1000x512", "is not a multiple of 16 pixels, the side of a token; the nea"),
         ("--resolution nanxnan", "--resolution: 'nan' is not valid; give WIDTHxHEIGHT"),

@@ -41,7 +41,7 @@ def test_build_prints_what_was_built(
         ("--config num_layers", "--config: 'num_layers' is not valid; give KEY=VALUE"),
         ("--config a=[1", "--config a: '[1' is not JSON; give a number"),
         ("--config a=1 --config a=2", "--config: a is given twice"),
-        ("--rungs many", "argument --rungs: invalid int value: 'many'"),
+        ("--rungs many", "--rungs: invalid int value: 'many'"),
         ("--bogus", "unrecognized arguments: --bogus"),
         ("--precision bf16", "use --precision fp32, or fp16 for the CUDA provider"),
         (
@@ -80,7 +80,7 @@ def test_help_has_examples(capsys: Capture) -> None:
     [("8GiB", 8 << 30), ("500MB", 500_000_000), ("1.5 gib", 3 << 29), ("4194304", 1 << 22)],
 )
 def test_sizes_have_units(text: str, num_bytes: int) -> None:
-    assert _size("--workspace", text) == num_bytes
+    assert _size(text) == num_bytes
 
 
 def test_long_or_impossible_output_names_are_mistakes_without_internal_paths(

@@ -77,7 +77,7 @@ def test_failures_are_one_message_and_a_code(
 def test_wrong_arguments_are_2_with_json_if_asked(capsys: Capture) -> None:
     assert run_command(parser, raising(AssertionError()), ["--json", "--count", "many"]) == 2
     printed = capsys.readouterr()
-    assert "argument --count: invalid int value: 'many'" in json.loads(printed.out)["error"]
+    assert "--count: invalid int value: 'many'" in json.loads(printed.out)["error"]
     assert "See do-it --help" in printed.err
     assert run_command(parser, raising(AssertionError()), ["--cou", "3"]) == 2
     assert capsys.readouterr().out == ""

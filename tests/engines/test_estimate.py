@@ -20,13 +20,14 @@ from hypothesis import strategies as st
 
 from ditrim.commands import build_engine as cli
 from ditrim.engines.build.options import BuildOptions
-from ditrim.engines.build.source import planned_config, small_editor_folder
+from ditrim.engines.build.source import planned_config
 from ditrim.engines.cost.devices import DEVICES
 from ditrim.engines.cost.flops import CallSize
 from ditrim.engines.cost.memory import activation_bytes, scoring_code_bytes, seam_bytes
 from ditrim.engines.cost.parameters import count_parameters
 from ditrim.engines.estimate.estimate import Estimate, estimate, usable_bytes
 from ditrim.engines.estimate.text import lines_of
+from ditrim.engines.presets import small_editor_folder
 from ditrim.export.family import FAMILIES, Family
 from ditrim.plugins.architectures import ARCHITECTURES
 from ditrim.plugins.errors import UsageError

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from ditrim.engines import presets
 from ditrim.engines.build import source as module
 from ditrim.engines.build.options import BuildOptions
 from ditrim.engines.build.source import (
@@ -230,7 +231,9 @@ def test_planned_configuration_fetches_nothing(
         planned_config(BuildOptions(weights="nowhere"))
 
 
-def test_installation_without_the_small_editor_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+def test_installation_without_the_small_editor_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(presets, "__file__", str(tmp_path / "__init__.py"))
     with pytest.raises(CheckpointError, match=r"lacks the small editor's weights .* install the"):
-        module.small_editor_folder()
+        presets.small_editor_folder()

@@ -308,7 +308,7 @@ def test_a_folder_of_edits_is_measured_with_both_branches(
         (["--steps", "1"], "--steps must lie in [2, 1000], got 1"),
         (["--num-samples", "0"], "--num-samples must lie in [1, 10000], got 0"),
         (["--guidance", "nan"], "--guidance must lie in [0, 1000], got nan"),
-        (["--seed", "-1"], "--seed must lie in [0, 2147483647], got -1"),
+        (["--seed", "-1"], "--seed must lie in [0, 4294967295], got -1"),
         (["--set", "nowhere"], "nowhere has no edits.jsonl"),
         (["--guidance", "2"], "this model has no guidance embeddings"),
         (["--num-samples", "1", "--steps", "2"], "1 different points cannot tell"),

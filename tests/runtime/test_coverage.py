@@ -22,7 +22,6 @@ from ditrim.runtime.tokens.budget import (
     keep_region,
     region_of_mask,
     select_by_budget,
-    select_top,
     share_out,
 )
 from ditrim.runtime.tokens.coverage import (
@@ -322,21 +321,21 @@ def test_budgets_are_counts_or_shares() -> None:
             budget_counts(grids, bad)
 
 
-@pytest.mark.parametrize("selection", [select_top, select_with_coverage])
+@pytest.mark.parametrize("selection", [None, select_with_coverage])
 def test_each_references_budget_is_kept(selection: object) -> None:
     grids, values = ((4, 4), (2, 5)), scores(2, 26)
     found = select_by_budget(values, grids, [0.25, 6], ladder(26), selection=selection)  # type: ignore[arg-type]
     assert (found < 16).sum(dim=1).tolist() == [4, 4]
     assert found.shape == (2, 10)
-    if selection is select_top:
+    if selection is None:
         for b in range(2):
             best = sorted(range(16), key=lambda i: -float(values[b, i]))[:4]
             rest = sorted(range(16, 26), key=lambda i: -float(values[b, i]))[:6]
             assert found[b].tolist() == sorted(best + rest)
-    rounded = select_by_budget(values, grids, [0.25, 6], ladder(26, 8), selection=select_top)
+    rounded = select_by_budget(values, grids, [0.25, 6], ladder(26, 8))
     assert rounded.shape == (2, 16)
     assert all(set(a) <= set(b) for a, b in zip(found.tolist(), rounded.tolist(), strict=True)) or (
-        selection is not select_top
+        selection is not None
     )
 
 

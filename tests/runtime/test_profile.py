@@ -60,11 +60,14 @@ from ditrim.runtime.profiling.run_cost import (
     replay,
 )
 from ditrim.runtime.profiling.text import (
+    COLUMNS,
+    FIRST_COLUMNS,
     comparison_table,
     number,
     profile_table,
     projection_table,
     schedule_lines,
+    table_rows,
 )
 from ditrim.runtime.tokens.selection import count_by_influence
 
@@ -231,7 +234,7 @@ def test_without_a_kept_share_tau_bounds_it() -> None:
     found = parse_schedule("steps=40 interval=10 tau=0.85")
     assert found == RunSchedule(steps=40, interval=10, tau=0.85, kept=0.85, kept_is_bound=True)
     assert not parse_schedule("steps=40 tau=0.85", kept=0.3).kept_is_bound
-    said = schedule_lines([estimate_schedule(made_up(), GEOMETRY, found)], made_up())
+    said = "\n".join(schedule_lines([estimate_schedule(made_up(), GEOMETRY, found)], made_up()))
     assert "at most 85 % kept (the bound of tau" in said
     assert "speed-up at least " in said
 
@@ -426,7 +429,7 @@ def test_a_file_changed_anywhere_is_refused_or_worked_with(
     noise_complaint(profile)
     schedule = RunSchedule(steps=4, interval=2, kept=0.5)
     estimates = [estimate_schedule(profile, geometry, schedule) for geometry in profile.geometries]
-    assert "nan" not in schedule_lines(estimates, profile)
+    assert not any("nan" in line for line in schedule_lines(estimates, profile))
     if profile.geometries == [GEOMETRY]:
         assert comparison_table(compare(profile, made_up()))
     if profile.peak.tflops and profile.peak.gb_s:
@@ -452,6 +455,27 @@ def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
 )
 def test_figures_have_three_digits(value: float, text: str) -> None:
     assert number(value) == text
+
+
+def test_table_fits_100_columns_and_shows_the_rest_when_asked() -> None:
+    large = {"num_noisy": 16_384, "num_text": 1_024, "num_reference": 49_152, "num_kept": 24_576}
+    profile = made_up(0.05, 1234.5)
+    rows = (replace(row, **large, memory_bytes=95 * 10**9) for row in profile.rows)
+    profile = replace(profile, rows=tuple(rows))
+    lines = profile_table(profile).splitlines()
+    assert max(map(len, lines)) <= 100
+    header = next(line for line in lines if line.startswith("part"))
+    assert header.split() == " ".join(FIRST_COLUMNS).split()
+    assert next(line for line in lines if line.startswith("back")).split()[4:6] == [
+        "24576/49152",
+        "37,035",
+    ]
+    assert "--wide shows every column" in " ".join(lines)
+    wide = profile_table(profile, is_wide=True).splitlines()
+    header = next(line for line in wide if line.startswith("part"))
+    assert header.split() == " ".join(COLUMNS).split()
+    cells = " ".join(wide[wide.index(header) + 2].split())
+    assert cells == " ".join(filter(None, table_rows(profile)[0])).replace("  ", " ")
 
 
 # Comparisons and projections

@@ -133,6 +133,20 @@ def test_a_recorded_profile_answers_without_measuring(measured: Path, run: Comma
     assert content["projection"]["worst_error"] == pytest.approx(0, abs=1e-9)
 
 
+def test_what_is_said_fits_100_columns_unless_it_is_asked_to_be_wide(
+    measured: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(measured / "profile.json")
+    arguments = ["--profile", file, "--schedule", "steps=40 kept=0.5"]
+    arguments += ["--compare", file, "--project", file]
+    assert main([*arguments, "--max-noise", "10"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert {"anchor", "4 anchor,"} <= {line.strip()[:9].rstrip() for line in lines}
+    assert main([*arguments, "--max-noise", "10", "--wide"]) == 0
+    assert " ".join(COLUMNS) in " ".join(capsys.readouterr().out.split())
+
+
 def test_profiles_of_other_engine_sets_machines_and_sizes_are_compared(
     tmp_path: Path, run: Command
 ) -> None:
@@ -404,6 +418,6 @@ def test_one_noisy_row_shows_no_digits(tmp_path: Path, capsys: pytest.CaptureFix
     file.write_text(replace(profile, rows=tuple(rows)).to_json())
     assert main(["--profile", str(file)]) == 0
     said = capsys.readouterr().out
-    line = next(line for line in said.splitlines() if line.startswith(" scheduler"))
+    line = next(line for line in said.splitlines() if line.startswith("scheduler"))
     assert "noisy" in line
     assert re.search(r"1 of \d+ rows are known no better than \+-10 %", said)

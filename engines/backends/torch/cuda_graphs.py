@@ -44,6 +44,7 @@ def capture(run: Callable[[], None]) -> Callable[[], None]:
 def state_of(transformer: nn.Module) -> object:
     """What a captured graph took for granted: places of weights, LoRAs and their scales."""
     facts: list[object] = []
+    module: Any
     for module in transformer.modules():
         facts.append(id(module))
         facts += [_place(tensor) for tensor in module._parameters.values() if tensor is not None]

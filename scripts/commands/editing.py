@@ -1,0 +1,134 @@
+"""What the commands that run edits share: options, engines and the pipeline."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from ditrim.commands.console import MAX_STEPS, MAX_THREADS, Terminal, add_number, add_whole
+from ditrim.plugins.errors import UsageError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ditrim.engines.backend import Engines
+    from ditrim.runtime.editing.pipelines import EditRequest
+
+_PACKAGES = {"skimage": "scikit-image"}  # module -> where its name is another
+
+
+def add_step_options(group: Any, least_steps: int = 1) -> None:
+    """Add the options that every request has besides its pictures and its prompt."""
+    add_whole(group, "--steps", least_steps, MAX_STEPS, "default: the pipeline's")
+    text = "true classifier-free guidance, above 1 (two model calls a step)"
+    add_number(group, "--true-cfg-scale", 0, 1000, text)
+    add_number(group, "--guidance", 0, 1000, "embedded guidance scale (FLUX.1-Kontext)")
+
+
+def add_request_options(group: Any) -> None:
+    """Add the options of a request whose result is kept."""
+    add_step_options(group)
+    group.add_argument(
+        "--negative-prompt", metavar="TEXT", help='for true guidance (without it, " ")'
+    )
+    group.add_argument(
+        "--size",
+        default="auto",
+        metavar="WxH|auto",
+        help="of the result in pixels; auto (default) is the first picture's shape at the "
+        "pipeline's own area",
+    )
+
+
+def add_device_options(group: Any) -> None:
+    """Add the options of every command that runs an engine set."""
+    group.add_argument(
+        "--device", default="auto", metavar="NAME", help="auto (default), cpu, cuda or cuda:N"
+    )
+    add_whole(group, "--threads", 0, MAX_THREADS, "CPU threads; 0 means one a core", 0)
+    group.add_argument(
+        "--verify",
+        choices=("sizes", "hashes"),
+        default="sizes",
+        help="how the engine set's files are checked (default: sizes)",
+    )
+
+
+def add_machine_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of every command that runs an engine set in its pipeline."""
+    machine = parser.add_argument_group("machine")
+    add_device_options(machine)
+    machine.add_argument(
+        "--pipeline",
+        metavar="FOLDER|HUB-ID",
+        help="where VAE, text encoder and scheduler are (default: where the engine set's weights "
+        "came from)",
+    )
+    machine.add_argument(
+        "--scheduler",
+        metavar="FILE|lightning",
+        help="in place of the pipeline's: a scheduler_config.json, or lightning for distilled "
+        "editors (4 or 8 steps without guidance)",
+    )
+
+
+def request_of(
+    args: argparse.Namespace,
+    images: tuple[Image.Image, ...] = (),
+    prompt: str = "",
+    seed: int = 0,
+) -> EditRequest:
+    """The request that the options ask for.
+
+    Raises:
+        UsageError: the size is none.
+    """
+    from ditrim.runtime.editing.pipelines import EditRequest
+    from ditrim.runtime.editing.result_size import parse_size
+
+    return EditRequest(
+        images=images,
+        prompt=prompt,
+        negative_prompt=args.negative_prompt,
+        true_cfg_scale=args.true_cfg_scale,
+        guidance=args.guidance,
+        steps=args.steps,
+        size=parse_size(args.size),
+        seed=seed,
+    )
+
+
+def open_engines(args: argparse.Namespace, terminal: Terminal) -> Engines:
+    """Load the engine set of `--engine`; see `load_engines` for what it raises."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported
+    terminal.stage(f"loading {args.engine}")
+    from ditrim.engines.load import load_engines
+
+    return load_engines(args.engine, device=args.device, threads=args.threads, verify=args.verify)
+
+
+def open_pipeline(args: argparse.Namespace, engines: Engines) -> Any:
+    """Load the pipeline around the engines, on their device; see `load_pipeline`."""
+    from ditrim.runtime.editing.pipelines import (
+        component_dtype,
+        load_pipeline,
+        silence_libraries,
+    )
+
+    silence_libraries()
+    pipe = load_pipeline(
+        engines.engine_set,
+        args.pipeline,
+        dtype=component_dtype(engines),
+        scheduler=args.scheduler,
+    )
+    return pipe.to(engines.device) if engines.device.type == "cuda" else pipe
+
+
+def check_packages(what: str, *modules: str) -> None:
+    """Refuse what needs packages that the runtime itself does not."""
+    missing = [_PACKAGES.get(name, name) for name in modules if find_spec(name) is None]
+    if missing:
+        raise UsageError(f"{what} needs {' and '.join(missing)}: pip install 'ditrim[report]'")
