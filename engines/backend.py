@@ -12,19 +12,27 @@ if TYPE_CHECKING:
 
 
 class Engines(Protocol):
-    """A loaded engine set: FRONT and BACK, ready to run. Shared by any number of sessions.
+    """FRONT and BACK, ready to run. Shared by any number of sessions."""
 
-    Attributes:
-        engine_set: what was loaded.
-        device: where inputs and outputs live.
-        dtype: of latents, embeddings and hidden states.
-        choice: which execution provider was chosen and why, one sentence.
-    """
+    @property
+    def engine_set(self) -> EngineSet:
+        """What was loaded."""
+        ...
 
-    engine_set: EngineSet
-    device: torch.device
-    dtype: torch.dtype
-    choice: str
+    @property
+    def device(self) -> torch.device:
+        """Where inputs and outputs live."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of latents, embeddings and hidden states."""
+        ...
+
+    @property
+    def choice(self) -> str:
+        """What runs them and why, one sentence."""
+        ...
 
     def run(
         self,

@@ -38,6 +38,8 @@ def torch_engines(
     Raises:
         UsageError: the transformer is of no known family, or K, L or the granularity do not fit.
     """
+    import torch
+
     from ditrim.engines.backends.torch.engines import TorchEngines
     from ditrim.engines.build.live_set import describe, family_of
 
@@ -52,6 +54,8 @@ def torch_engines(
             "it with one, or attach an engine set"
         )
     transformer = unwrapped(given)
+    if cuda_graphs and transformer.device.type == "cpu" and not torch.cuda.is_available():
+        raise UsageError("CUDA graphs need a GPU, and torch sees none: leave cuda_graphs out")
     if compile is None and (given is not transformer or _is_compiled(transformer)):
         compile = "blocks"  # as a transformer that is compiled as a whole was meant
     name = type(pipe).__name__ if pipe is not given else None

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 # Configuration that may differ between two checkpoints of the same transformer.
 _IRRELEVANT = {"pooled_projection_dim"}
 # Pipelines, and the one whose model they run.
-_MODEL_OF = {
+MODEL_OF = {
     "QwenImageEditPipeline": "QwenImageEditPipeline",
     "QwenImageEditInpaintPipeline": "QwenImageEditPipeline",
     "QwenImageEditPlusPipeline": "QwenImageEditPlusPipeline",
@@ -60,7 +60,7 @@ def check_pipeline(pipe: Any, engine_set: EngineSet) -> None:
         UsageError: names both pipelines.
     """
     expected = engine_set.manifest.pipeline_class
-    known = [_MODEL_OF[b.__name__] for b in type(pipe).__mro__ if b.__name__ in _MODEL_OF]
+    known = [MODEL_OF[b.__name__] for b in type(pipe).__mro__ if b.__name__ in MODEL_OF]
     if known and expected not in known:
         raise UsageError(
             f"the pipeline is a {type(pipe).__name__}, the engine set holds a model for "

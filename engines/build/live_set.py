@@ -16,6 +16,7 @@ from ditrim.engines.build.options import BuildOptions
 from ditrim.engines.build.source import Source, choose_split, read_calibration
 from ditrim.engines.presets import small_editor_folder
 from ditrim.engines.sets.engine_set import EngineSet
+from ditrim.engines.sets.fingerprints import samples_of
 from ditrim.engines.sets.ladder import Ladder
 from ditrim.engines.sets.manifest import FORMAT_VERSION, GraphSpec, Manifest
 from ditrim.engines.sets.specs import Limits, TensorSpec
@@ -147,11 +148,24 @@ def describe(
             plans={},
             target={},
             files=(),
-            source={"kind": "small" if is_small else "memory", "location": source.location},
+            source={
+                "kind": "small" if is_small else "memory",
+                "location": source.location,
+                "files": {"weights in memory": {"sha256": _digest_of(transformer)}},
+            },
             command="",
             created="",
         ),
     )
+
+
+def _digest_of(transformer: Any) -> str:
+    """SHA-256 over samples of the weights that can be read where they lie."""
+    digest = hashlib.sha256()
+    for name, tensor in transformer.state_dict().items():
+        if tensor.is_floating_point() and tensor.device.type != "meta":
+            digest.update(name.encode() + samples_of(tensor).tobytes())
+    return digest.hexdigest()
 
 
 def _open_ended(ladder: Ladder) -> Ladder:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ditrim.plugins.errors import DitrimError, UsageError
 from ditrim.runtime.editing.result_size import check_size, size_like
 from ditrim.runtime.editing.schedulers import is_lightning, lightning_steps, load_scheduler
+from ditrim.runtime.fit import MODEL_OF
 
 if TYPE_CHECKING:
     import torch
@@ -85,6 +86,68 @@ def load_pipeline(
     return pipe
 
 
+def load_whole_pipeline(
+    location: str, *, dtype: torch.dtype | None = None, scheduler: str | None = None
+) -> Any:
+    """Load a pipeline with its transformer, for the torch backend.
+
+    Args:
+        location: a folder, a hub id, or "small" for the shipped editor.
+        dtype: of its components; float32 by default.
+        scheduler: in place of the pipeline's, see `load_scheduler`.
+
+    Raises:
+        UsageError: there is no pipeline at that place, or it is of a class that is not served.
+        DitrimError: it cannot be downloaded or read.
+    """
+    chosen = None if scheduler is None else load_scheduler(scheduler)
+    pipe = _load_whole(location, dtype)
+    if chosen is not None:
+        pipe.scheduler = chosen
+    return pipe
+
+
+def _load_whole(location: str, dtype: torch.dtype | None) -> Any:
+    folder = _pipeline_folder(location)
+    if folder is None and location == "small":
+        from ditrim.runtime.small_editor import load_small_pipeline
+
+        return load_small_pipeline()
+    if folder is None and not _is_hub_id(location):
+        raise UsageError(
+            f"pipeline {location} is neither a folder that exists nor a hub id (owner/name); "
+            "name one with --pipeline"
+        )
+    options: dict[str, Any] = {} if folder is None else {"local_files_only": True}
+    name = _class_at_hub(location) if folder is None else _class_in(folder)
+    if name == SMALL_PIPELINE and folder is not None:
+        from ditrim.runtime.small_editor import SmallEditPipeline
+
+        return SmallEditPipeline.from_pretrained(folder)
+    if name not in MODEL_OF:
+        raise UsageError(
+            f"pipeline {location} is a {name}; served are {', '.join(MODEL_OF)}: name one of them"
+        )
+    where = location if folder is None else str(folder)
+    try:
+        return _from_pretrained(name, where, options, dtype, with_transformer=True)
+    except (OSError, ValueError) as error:
+        raise DitrimError(f"pipeline {location} cannot be loaded: {error}") from error
+
+
+def _class_at_hub(location: str) -> str:
+    from diffusers import DiffusionPipeline
+
+    try:
+        return str(DiffusionPipeline.load_config(location)["_class_name"])
+    except (OSError, ValueError, KeyError) as error:
+        raise DitrimError(
+            f"pipeline {location} is not in the local cache of the hub and cannot be downloaded: "
+            f"check the name, the connection and that you are logged in; or name a folder. The "
+            f"hub's library says: {error}"
+        ) from error
+
+
 def _load(engine_set: EngineSet, location: str | None, dtype: torch.dtype | None) -> Any:
     source, revision = engine_set.manifest.source, None
     if location is None:
@@ -145,12 +208,17 @@ def _from_hub(
 
 
 def _from_pretrained(
-    name: str, where: str, options: dict[str, Any], dtype: torch.dtype | None
+    name: str,
+    where: str,
+    options: dict[str, Any],
+    dtype: torch.dtype | None,
+    *,
+    with_transformer: bool = False,
 ) -> Any:
-    """A pipeline of diffusers without its transformer."""
+    """A pipeline of diffusers, by default without its transformer."""
     import diffusers
 
-    parts: dict[str, Any] = {"transformer": None}
+    parts: dict[str, Any] = {} if with_transformer else {"transformer": None}
     if name.startswith("QwenImage") and importlib.util.find_spec("torchvision") is None:
         from ditrim.runtime.editing.qwen_processor import load_picture_processor
 

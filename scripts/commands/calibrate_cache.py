@@ -16,10 +16,10 @@ from ditrim.commands.console import (
     steps_shown,
 )
 from ditrim.commands.editing import (
+    add_engine_options,
     add_machine_options,
     add_step_options,
     open_engines,
-    open_pipeline,
     request_of,
 )
 from ditrim.plugins.errors import UsageError
@@ -42,7 +42,7 @@ def _parser() -> CommandParser:
         "full context.",
         examples=_EXAMPLES,
     )
-    parser.add_argument("--engine", required=True, metavar="FOLDER", help="from build-engine")
+    add_engine_options(parser)
     parser.add_argument("--output", required=True, metavar="FILE", help="the calibration, .json")
     measured = parser.add_argument_group("what is measured")
     measured.add_argument(
@@ -71,8 +71,9 @@ def _calibrate(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
     from ditrim.runtime.evaluation.edits import choose_samples
 
     check_output(args.output, "--output")
-    engines = open_engines(args, terminal)
-    engine_set, manifest = engines.engine_set, engines.engine_set.manifest
+    opened = open_engines(args, terminal)
+    engines, engine_set = opened.engines, opened.engine_set
+    manifest = engine_set.manifest
     if args.set is None and manifest.source["kind"] != "small":
         raise UsageError("--set is missing: a folder with pictures and edits.jsonl")
     samples = choose_samples(args.set, args.num_samples, "cache", args.seed)
@@ -89,7 +90,7 @@ def _calibrate(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
     from ditrim.runtime.editing.pipelines import default_steps, prepare_request, run_edit
     from ditrim.runtime.policy import FullContext
 
-    pipe = open_pipeline(args, engines)
+    pipe = opened.pipeline()
     steps = args.steps or default_steps(pipe, engine_set)
     check_enough(len(samples) * (steps - 1), args.degree)
 

@@ -19,10 +19,10 @@ from ditrim.commands.console import (
     warnings_noted,
 )
 from ditrim.commands.editing import (
+    add_engine_options,
     add_machine_options,
     add_request_options,
     open_engines,
-    open_pipeline,
     request_of,
 )
 from ditrim.plugins.errors import UsageError
@@ -58,7 +58,7 @@ def _parser() -> CommandParser:
         examples=_EXAMPLES,
     )
     edit = parser.add_argument_group("edit")
-    edit.add_argument("--engine", required=True, metavar="FOLDER", help="from build-engine")
+    add_engine_options(edit)
     edit.add_argument(
         "--image",
         required=True,
@@ -154,12 +154,12 @@ def _edit(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
 
         images = tuple(open_picture(path) for path in args.image)
         request = request_of(args, images, args.prompt, args.seed)
-        engines = open_engines(args, terminal)
-        engine_set = engines.engine_set
+        opened = open_engines(args, terminal)
+        engines, engine_set = opened.engines, opened.engine_set
         policy, cache = policy_from_text(text, engine_set.manifest.model)
         if args.cache is not None:
             cache = step_cache_from(args.cache, engine_set)
-        pipe = open_pipeline(args, engines)
+        pipe = opened.pipeline()
         request = prepare_request(pipe, engine_set, request)
         region = None
         if args.keep_region is not None:

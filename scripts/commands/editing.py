@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +16,11 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ditrim.engines.backend import Engines
+    from ditrim.engines.sets.engine_set import EngineSet
     from ditrim.runtime.editing.pipelines import EditRequest
 
+# What --engine takes in place of an engine set.
+TORCH = "torch"
 _PACKAGES = {"skimage": "scikit-image"}  # module -> where its name is another
 
 
@@ -42,6 +47,21 @@ def add_request_options(group: Any) -> None:
     )
 
 
+def add_engine_options(group: Any) -> None:
+    """Add the options that say what runs."""
+    group.add_argument(
+        "--engine",
+        required=True,
+        metavar="FOLDER|torch",
+        help="from build-engine; or torch: the transformer of --pipeline itself, without a build",
+    )
+    group.add_argument(
+        "--compile", action="store_true", help="with --engine torch: compile each kind of block"
+    )
+    text = "with --engine torch: keep up to so many CUDA graphs, one a length"
+    add_whole(group, "--cuda-graphs", 0, 1000, text, 0)
+
+
 def add_device_options(group: Any) -> None:
     """Add the options of every command that runs an engine set."""
     group.add_argument(
@@ -64,7 +84,7 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
         "--pipeline",
         metavar="FOLDER|HUB-ID",
         help="where VAE, text encoder and scheduler are (default: where the engine set's weights "
-        "came from)",
+        "came from); with --engine torch all of it, or small for the shipped editor",
     )
     machine.add_argument(
         "--scheduler",
@@ -100,31 +120,102 @@ def request_of(
     )
 
 
-def open_engines(args: argparse.Namespace, terminal: Terminal) -> Engines:
-    """Load the engine set of `--engine`; see `load_engines` for what it raises."""
+@dataclass(slots=True)
+class Opened:
+    """Engines, and the pipeline that they run in, which is loaded when it is first asked for.
+
+    Attributes:
+        engines: ready to run.
+    """
+
+    engines: Engines
+    _make: Callable[[], Any]
+    _pipe: Any = None
+
+    @property
+    def engine_set(self) -> EngineSet:
+        """What the engines run."""
+        return self.engines.engine_set
+
+    def pipeline(self) -> Any:
+        """Load the pipeline around the engines, on their device; see `load_pipeline`."""
+        if self._pipe is None:
+            self._pipe = self._make()
+        return self._pipe
+
+
+def open_engines(args: argparse.Namespace, terminal: Terminal) -> Opened:
+    """Load what `--engine` names: an engine set, or with `torch` a pipeline's own transformer.
+
+    Raises:
+        UsageError, EngineSetError, DitrimError: see `load_engines`, `load_whole_pipeline`.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported
+    if args.engine == TORCH and not os.path.isdir(TORCH):
+        pipe = _whole_pipeline(args, terminal)
+        from ditrim.engines.live import torch_engines
+
+        live = torch_engines(
+            pipe, compile="blocks" if args.compile else None, cuda_graphs=args.cuda_graphs
+        )
+        return Opened(live, lambda: pipe)
+    if args.compile or args.cuda_graphs:
+        raise UsageError(
+            f"--compile and --cuda-graphs are for --engine {TORCH}; an engine set is compiled "
+            "already: leave them out"
+        )
     terminal.stage(f"loading {args.engine}")
     from ditrim.engines.load import load_engines
 
-    return load_engines(args.engine, device=args.device, threads=args.threads, verify=args.verify)
-
-
-def open_pipeline(args: argparse.Namespace, engines: Engines) -> Any:
-    """Load the pipeline around the engines, on their device; see `load_pipeline`."""
-    from ditrim.runtime.editing.pipelines import (
-        component_dtype,
-        load_pipeline,
-        silence_libraries,
+    engines = load_engines(
+        args.engine, device=args.device, threads=args.threads, verify=args.verify
     )
 
+    def pipeline() -> Any:
+        from ditrim.runtime.editing.pipelines import (
+            component_dtype,
+            load_pipeline,
+            silence_libraries,
+        )
+
+        silence_libraries()
+        pipe = load_pipeline(
+            engines.engine_set,
+            args.pipeline,
+            dtype=component_dtype(engines),
+            scheduler=args.scheduler,
+        )
+        return pipe.to(engines.device) if engines.device.type == "cuda" else pipe
+
+    return Opened(engines, pipeline)
+
+
+def _whole_pipeline(args: argparse.Namespace, terminal: Terminal) -> Any:
+    """Load the pipeline of `--pipeline` with its transformer, on the device of `--device`."""
+    import torch
+
+    from ditrim.runtime.editing.pipelines import load_whole_pipeline, silence_libraries
+
+    place = args.pipeline
+    if place is None:
+        raise UsageError(
+            f"--engine {TORCH} runs a pipeline's own transformer: name the pipeline with "
+            "--pipeline FOLDER|HUB-ID, or --pipeline small for the shipped editor"
+        )
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = args.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device != "cpu" and not torch.cuda.is_available():
+        raise UsageError(
+            f"--device {device}: torch {torch.__version__} sees no GPU; use --device cpu, or "
+            "install a build of torch for this GPU"
+        )
+    terminal.stage(f"loading {place}")
     silence_libraries()
-    pipe = load_pipeline(
-        engines.engine_set,
-        args.pipeline,
-        dtype=component_dtype(engines),
-        scheduler=args.scheduler,
-    )
-    return pipe.to(engines.device) if engines.device.type == "cuda" else pipe
+    dtype = None if device == "cpu" else torch.bfloat16
+    return load_whole_pipeline(place, dtype=dtype, scheduler=args.scheduler).to(device)
 
 
 def check_packages(what: str, *modules: str) -> None:

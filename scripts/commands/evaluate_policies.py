@@ -19,11 +19,11 @@ from ditrim.commands.console import (
     warnings_noted,
 )
 from ditrim.commands.editing import (
+    add_engine_options,
     add_machine_options,
     add_request_options,
     check_packages,
     open_engines,
-    open_pipeline,
     request_of,
 )
 from ditrim.plugins.errors import LadderError, UsageError
@@ -74,7 +74,7 @@ def _parser() -> CommandParser:
         examples=_EXAMPLES,
     )
     compared = parser.add_argument_group("what is compared")
-    compared.add_argument("--engine", required=True, metavar="FOLDER", help="from build-engine")
+    add_engine_options(compared)
     compared.add_argument(
         "--policy",
         action="append",
@@ -124,9 +124,10 @@ def _evaluate(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
         from ditrim.runtime.metrics import load_lpips
 
         edits = choose_edits(args.edits, args.count)
-        engines = open_engines(args, terminal)
-        contenders = _contenders(args.policy, engines.engine_set)
-        pipe = open_pipeline(args, engines)
+        opened = open_engines(args, terminal)
+        engines = opened.engines
+        contenders = _contenders(args.policy, opened.engine_set)
+        pipe = opened.pipeline()
         request = request_of(args)
         _check_edits(pipe, engines, edits, request)
         lpips, lpips_note = (None, "LPIPS was left out with --no-lpips")

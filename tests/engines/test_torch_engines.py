@@ -83,7 +83,7 @@ class Recorder:
 def test_graphs_give_the_same_and_are_captured_once_a_shape(family: str) -> None:
     pipe = tiny_pipeline(family)
     plain = ditrim.torch_engines(pipe, **SPLIT)
-    graphed = ditrim.torch_engines(pipe, **SPLIT, cuda_graphs=4)
+    graphed = ditrim.torch_engines(pipe, **SPLIT)
     recorder = Recorder()
     graphed._graphs = CudaGraphs(4, recorder)
     for role, num_kept in (("anchor", 20), ("back", 8), ("back", 12), ("back", 8), ("anchor", 20)):
@@ -102,7 +102,7 @@ def test_graphs_give_the_same_and_are_captured_once_a_shape(family: str) -> None
 
 def test_graphs_are_captured_anew_when_a_lora_or_the_place_of_weights_changes() -> None:
     pipe = tiny_pipeline("qwen-edit")
-    engines = ditrim.torch_engines(pipe, **SPLIT, cuda_graphs=4)
+    engines = ditrim.torch_engines(pipe, **SPLIT)
     recorder = Recorder()
     engines._graphs = CudaGraphs(4, recorder)
     run_step(engines, "back", 8)
