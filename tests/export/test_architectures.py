@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -195,6 +197,15 @@ def test_an_edit_is_that_of_its_transformer(engine_set: Path, transformer: Any) 
         assert relative_error(step.latents, noisy) < 1e-4
     reduced = ditrim.EditSession(engine_set, ditrim.ToPi(ratio=0.5, interval=3), device="cpu")
     assert [step.records[0].num_kept for step in reduced.denoise(**arguments)] == [26, 13, 13]
+
+
+def test_values_are_read_without_torch() -> None:
+    program = (
+        "import sys, ditrim.plugins.architectures as known\n"
+        "print(*known.ARCHITECTURES, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.split() == ["qwen", "flux", "False"], done.stderr
 
 
 def test_its_costs_are_counted(transformer: Any) -> None:
