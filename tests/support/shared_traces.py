@@ -1,9 +1,8 @@
 """Traces that one run of the tests makes once, whichever file or worker needs them first.
 
-A trace takes seconds and most tests that build a set trace the same few tiny models. So
-`export_graph`, and the blocks of assembled graphs, are kept in a folder of the run, by all that
-they depend on. The code is one version throughout a run, so it is no part of the key. Who imported
-`export_graph` by its name, and processes that tests start, trace for themselves.
+A trace takes seconds, and most tests that build a set or a graph trace the same few tiny models. So
+the exporter's results are kept in a folder of the run by all that they depend on; the code is one
+version throughout a run and no part of it. Processes that tests start trace for themselves.
 """
 
 from __future__ import annotations
@@ -12,27 +11,31 @@ import fcntl
 import hashlib
 import os
 import pickle
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from ditrim.export import assemble, graph
+from ditrim.export.split import blocks_of
 
 # A model with more is traced each time: no folder for gigabytes.
 MOST_BYTES = 128 << 20
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One process at a time."""
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def export_graph(*arguments: Any, **options: Any) -> ir.Model:
+    """`ditrim.export.graph.export_graph`, shared."""
+    return graph.export_graph(*arguments, **options)
 
 
 def kept(folder: Path, key: str, make: Callable[[], Any]) -> Any:
     """What `make` returned to the first who asked for the key."""
     path = folder / hashlib.sha256(key.encode()).hexdigest()
-    with locked(path.with_suffix(".lock")):
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         if path.is_file():
             return pickle.loads(path.read_bytes())
         made = make()
@@ -42,64 +45,64 @@ def kept(folder: Path, key: str, make: Callable[[], Any]) -> Any:
         return made
 
 
+def kept_model(folder: Path, key: str, make: Callable[[], ir.Model]) -> ir.Model:
+    """`kept` for a graph, which is one's own to change."""
+    made: list[ir.Model] = []
+
+    def serialized() -> bytes:
+        made.append(make())
+        return ir.to_proto(made[0]).SerializeToString()
+
+    content = kept(folder, key, serialized)
+    return made[0] if made else ir.from_proto(onnx.ModelProto.FromString(content))
+
+
 def _key_of(transformer: Any, point: Any, role: str, *more: Any) -> tuple[str, int]:
     """What a graph depends on, and how many bytes of weights it has."""
-    import torch
-
-    from ditrim.export.split import blocks_of
-
     blocks = blocks_of(transformer)
     others = blocks[point.front_depth :] if role == "front" else blocks[: point.front_depth]
-    unused = {id(tensor) for block in others for tensor in block.state_dict(keep_vars=True).values()}
+    unused = {id(value) for block in others for value in block.state_dict(keep_vars=True).values()}
     digest, num_bytes = hashlib.sha256(), 0
-    for name, tensor in transformer.state_dict(keep_vars=True).items():
-        if id(tensor) in unused:
-            continue
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        raw = tensor.detach().contiguous().flatten()
-        digest.update(raw.view(torch.uint8).numpy().tobytes())
-        num_bytes += tensor.nbytes
-    config = {k: v for k, v in transformer.config.items() if not k.startswith("_")}
-    kind = type(transformer).__name__
-    return repr((kind, sorted(config.items()), point, role, more, digest.hexdigest())), num_bytes
+    for name, value in transformer.state_dict(keep_vars=True).items():
+        if id(value) not in unused:
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            flat = value.detach().contiguous().flatten()
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
+            num_bytes += value.nbytes
+    config = sorted((k, v) for k, v in transformer.config.items() if not k.startswith("_"))
+    key = repr((type(transformer).__name__, config, point, role, more, digest.hexdigest()))
+    return key, num_bytes
+
+
+def _shapes(tensors: Mapping[str, Any]) -> list[Any]:
+    return [(name, value.dtype, tuple(value.shape)) for name, value in tensors.items()]
 
 
 def share_traces(folder: Path) -> Iterator[None]:
     """Let `export_graph` and `assemble_graph` look into a folder before they trace."""
-    import onnx
-    import onnx_ir as ir
+    trace, trace_block, trace_around = (
+        graph.export_graph,
+        assemble._traced_once,
+        assemble._trace_around,
+    )
 
-    from ditrim.export import assemble, graph
-
-    trace, trace_block = graph.export_graph, assemble._traced_once
-
-    def export_graph(
+    def shared_graph(
         transformer: Any,
         point: Any,
         role: str,
-        dtype: Any,
+        dtype: torch.dtype,
         *,
         scored: bool = True,
         detailed: bool = False,
     ) -> ir.Model:
-        def make() -> Any:
-            nonlocal model
-            model = trace(transformer, point, role, dtype, scored=scored, detailed=detailed)
-            return ir.to_proto(model).SerializeToString()
-
-        model: ir.Model | None = None
-        is_scored = scored and role == "back"
-        key, num_bytes = _key_of(
-            transformer, point, role, dtype, is_scored, detailed and is_scored
-        )
-        if num_bytes > MOST_BYTES:
+        def make() -> ir.Model:
             return trace(transformer, point, role, dtype, scored=scored, detailed=detailed)
-        content = kept(folder, key, make)
-        if model is not None:
-            return model
-        return ir.from_proto(onnx.ModelProto.FromString(content))
 
-    def traced_once(key: Any, *arguments: Any) -> Any:
+        is_scored = scored and role == "back"
+        key, num_bytes = _key_of(transformer, point, role, dtype, is_scored, is_scored and detailed)
+        return make() if num_bytes > MOST_BYTES else kept_model(folder, key, make)
+
+    def shared_block(key: Any, *arguments: Any) -> Any:
         def make() -> Any:
             found = trace_block(key, *arguments)
             return found.function.SerializeToString(), found.weights
@@ -111,8 +114,24 @@ def share_traces(folder: Path) -> Iterator[None]:
             assemble._TRACED.setdefault(key, known)
         return trace_block(key, *arguments)
 
-    graph.export_graph, assemble._traced_once = export_graph, traced_once
+    def shared_around(module: Any, inputs: Any, names: Any, output_names: Any) -> ir.Model:
+        key = repr((
+            (repr(module), [(block.kind, block.layer) for block in module.blocks]),
+            (module.architecture, names, output_names),
+            (_shapes(inputs), _shapes(dict(module.named_parameters()))),
+        ))  # fmt: skip
+        return kept_model(folder, key, lambda: trace_around(module, inputs, names, output_names))
+
+    graph.export_graph, assemble._traced_once, assemble._trace_around = (
+        shared_graph,
+        shared_block,
+        shared_around,
+    )
     try:
         yield
     finally:
-        graph.export_graph, assemble._traced_once = trace, trace_block
+        graph.export_graph, assemble._traced_once, assemble._trace_around = (
+            trace,
+            trace_block,
+            trace_around,
+        )
