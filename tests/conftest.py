@@ -1,4 +1,4 @@
-"""Engine sets of tiny models, built once a session; the path to the helpers beside this file."""
+"""Engine sets of tiny models, built once a session; traces that the workers share."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
-# `--import-mode=importlib` leaves sys.path alone; helpers stand beside this file.
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "support")]
 
 # Started in the background of a shell without job control, this process ignores SIGINT, and so
 # would the commands whose interruption is tested.

@@ -25,7 +25,7 @@ from ditrim.export.split import BackGraph, FrontGraph, SplitPoint, processors_in
 from ditrim.plugins.architectures.transformers import blocks_of
 from ditrim.plugins.attention import JointContext
 
-POINT = SplitPoint(num_layers=4, front_depth=1, representative_layers=(3,))
+POINT = SplitPoint(num_layers=4, front_depth=1, representative_layers=(2, 3))
 G, C, T = 12, 10, 7  # of `example_inputs`
 QWEN_ROWS = {
     "attn.to_q": G,

@@ -70,7 +70,8 @@ def _key_of(transformer: Any, point: Any, role: str, *more: Any) -> tuple[str, i
             digest.update(flat.view(torch.uint8).numpy().tobytes())
             num_bytes += value.nbytes
     config = sorted((k, v) for k, v in transformer.config.items() if not k.startswith("_"))
-    key = repr((type(transformer).__name__, config, point, role, more, digest.hexdigest()))
+    cut = point.front_depth if role == "front" else point
+    key = repr((type(transformer).__name__, config, cut, role, more, digest.hexdigest()))
     return key, num_bytes
 
 
