@@ -20,7 +20,7 @@ import onnx_ir as ir
 import torch
 
 from ditrim.export import assemble, graph
-from ditrim.export.split import blocks_of
+from ditrim.plugins.architectures.transformers import blocks_of
 
 # A model with more is traced each time: no folder for gigabytes.
 MOST_BYTES = 128 << 20
