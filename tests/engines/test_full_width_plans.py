@@ -3,7 +3,7 @@
 As few blocks as have every kind of block in BACK, between the released models' own embeddings; up
 to 4096 reference tokens beside 4096 noisy ones. The last block takes less memory than others, so
 one before it is scored. A block in FRONT is one of BACK without the scoring, so that one set has
-it, and that set has the 8 rungs of a build; the others have 3. And the small editor, whole.
+it. In bf16 they have the 8 rungs of a build, in fp16 3. And the small editor, whole.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def options_for(workshop: Path, model: str, precision: str, front_depth: int) ->
         precision=precision,
         front_depth=front_depth,
         layers=(scored,),
-        rungs=8 if front_depth else 3,
+        rungs=8 if precision == "bf16" else 3,
         max_reference_tokens=4096,
         max_noisy_tokens=4096,
         max_text_tokens=512,
