@@ -1,21 +1,33 @@
-"""Engine sets of tiny models, built once a session; the path to the helpers beside this file."""
+"""Engine sets of tiny models, built once a session; traces that the workers share."""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-
-# `--import-mode=importlib` leaves sys.path alone; helpers stand beside this file.
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "support")]
 
 # Started in the background of a shell without job control, this process ignores SIGINT, and so
 # would the commands whose interruption is tested.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_traces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Equal graphs are traced once a run, by whichever worker is first."""
+    if "torch" not in sys.modules:  # no test that is here builds in this process
+        yield
+        return
+    from shared_traces import share_traces
+
+    root = tmp_path_factory.getbasetemp()
+    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "traces"
+    folder.mkdir(exist_ok=True)
+    yield from share_traces(folder)
 
 
 @pytest.fixture(scope="session")

@@ -77,10 +77,9 @@ def activation_bytes(
     if num_rows and backend == "tensorrt-rtx":
         # A block of rows at a time and a layer after the other: only what a layer hands over
         # comes on top for the others.
-        over_keys, over_rows = stream.logits
-        logits = over_keys * _rtx_block_rows(num_rows) * keys
-        logits += over_rows * size.num_reference / num_row_blocks(num_rows) * num_rows
-        peak += logits * heads * element
+        over_keys, over_references = stream.logits
+        columns = over_keys * keys + over_references * size.num_reference
+        peak += heads * _rtx_block_rows(num_rows) * columns * element
         peak += hidden * keys if num_scored > 1 else 0
     elif num_rows:
         block_rows = 0

@@ -60,8 +60,8 @@ class Stream:
         products: of one block (ToPi Eq. 13-17), given whether it is BACK's last, which gives its
             noisy rows alone: the others are keys and values.
         states: hidden states of width d that are alive at the peak, for a token of (image, text).
-        logits: how much of a block's logits comes on top of what the graph takes anyway: of noisy
-            rows against all keys, and of references against the rows. TensorRT-RTX keeps some of
+        logits: how much of the logits of a block of rows comes on top of what the graph takes
+            anyway: against all keys, and against the references alone. TensorRT-RTX keeps some of
             these in one build of a graph and none in another; what is counted lies between.
         plan_bytes: of a plan's kernels, for each profile; the width does not matter.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,12 +9,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import fake_build
 import pytest
 
 from ditrim.engines.build import build
 from ditrim.engines.build.options import BuildOptions
-
-SCRIPT = Path(__file__).with_name("fake_build.py")
 
 TINY_CONFIG: dict[str, Any] = {
     "num_layers": 3,
@@ -31,12 +29,7 @@ TINY_CONFIG: dict[str, Any] = {
 @pytest.fixture(scope="session")
 def fake() -> ModuleType:
     """The module `fake_build`."""
-    spec = importlib.util.spec_from_file_location("fake_build", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return fake_build
 
 
 @pytest.fixture
@@ -66,7 +59,14 @@ def build_process(fake: ModuleType) -> Callable[..., subprocess.CompletedProcess
     ) -> subprocess.CompletedProcess[str]:
         head = [] if moment is None else ["--at", moment, "--send", send]
         return subprocess.run(
-            [sys.executable, str(SCRIPT), *head, "--", *fake.ARGUMENTS, *map(str, arguments)],
+            [
+                sys.executable,
+                fake_build.__file__,
+                *head,
+                "--",
+                *fake.ARGUMENTS,
+                *map(str, arguments),
+            ],
             capture_output=True,
             text=True,
             timeout=60,

@@ -15,7 +15,8 @@ import torch
 from graph_sessions import GEOMETRIES, relative_error, run_sessions
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
-from tiny import FAMILY_NAMES, make_call, tiny_transformer
+from shared_traces import export_graph
+from tiny import MODEL_NAMES, make_call, tiny_transformer
 
 from ditrim.engines.backends.onnxruntime.graph import (
     column_sums_function,
@@ -24,7 +25,7 @@ from ditrim.engines.backends.onnxruntime.graph import (
 from ditrim.export.assemble import assemble_graph, check_linked, index_weights, write_linked
 from ditrim.export.checkpoint import find_checkpoint
 from ditrim.export.family import FAMILIES
-from ditrim.export.graph import export_graph, write_graph
+from ditrim.export.graph import write_graph
 from ditrim.export.split import SplitPoint
 from ditrim.plugins.blocks import ONNXRUNTIME_ROWS
 
@@ -161,7 +162,7 @@ def both_forms(
 
 
 @pytest.mark.parametrize("is_assembled", [False, True], ids=["traced", "assembled"])
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", MODEL_NAMES)
 def test_both_forms_agree(family: str, is_assembled: bool, tmp_path: Path) -> None:
     transformer = tiny_transformer(family)
     standard, own = both_forms(family, tmp_path, is_assembled=is_assembled)

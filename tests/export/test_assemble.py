@@ -17,7 +17,8 @@ import torch
 from algorithm_1 import run_model
 from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
 from graph_sessions import GEOMETRIES, relative_error, run_sessions
-from tiny import FAMILY_NAMES, FLUX_CONFIG, QWEN_CONFIG, make_call, tiny_transformer
+from shared_traces import export_graph
+from tiny import FLUX_CONFIG, MODEL_NAMES, QWEN_CONFIG, make_call, tiny_transformer
 
 from ditrim.engines.backends.tensorrt.graph import graph_for_backend
 from ditrim.export import weights as weights_module
@@ -33,7 +34,7 @@ from ditrim.export.assemble import (
 )
 from ditrim.export.checkpoint import Checkpoint, find_checkpoint
 from ditrim.export.family import FAMILIES
-from ditrim.export.graph import export_graph, write_graph
+from ditrim.export.graph import write_graph
 from ditrim.export.split import SplitPoint
 from ditrim.plugins.errors import CheckpointError
 
@@ -91,7 +92,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", MODEL_NAMES)
 def test_assembled_graphs_give_the_models_own_result(family: str, tmp_path: Path) -> None:
     transformer = tiny_transformer(family)
     checkpoint = save_shards(transformer, tmp_path / "checkpoint")

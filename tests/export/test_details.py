@@ -10,14 +10,15 @@ import onnxruntime
 import pytest
 import torch
 from algorithm_1 import run_details, run_model
-from tiny import FAMILY_NAMES, Call, make_call, rope_of, tiny_transformer
+from shared_traces import export_graph
+from tiny import MODEL_NAMES, Call, make_call, rope_of, tiny_transformer
 from torch import Tensor
 
 from ditrim.engines.backends.tensorrt.graph import graph_for_backend
 from ditrim.export.assemble import assemble_graph, check_linked, index_weights, write_linked
 from ditrim.export.checkpoint import find_checkpoint
 from ditrim.export.family import FAMILIES
-from ditrim.export.graph import back_input_names, export_graph, write_graph
+from ditrim.export.graph import back_input_names, write_graph
 from ditrim.export.split import BackGraph, FrontGraph, SplitPoint, processors_installed
 from ditrim.runtime.policy import SCORES
 
@@ -81,7 +82,7 @@ def kept_of(call: Call) -> Tensor:
 
 
 @pytest.mark.parametrize("geometry", GEOMETRIES)
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", MODEL_NAMES)
 def test_scores_of_every_layer_equal_the_plain_statement(
     family: str, geometry: dict[str, Any]
 ) -> None:

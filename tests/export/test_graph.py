@@ -13,9 +13,10 @@ import torch
 from algorithm_1 import run_model
 from graph_sessions import GEOMETRIES, relative_error, run_sessions
 from safetensors import safe_open
-from tiny import FAMILY_NAMES, make_call, tiny_transformer
+from shared_traces import export_graph
+from tiny import MODEL_NAMES, make_call, tiny_transformer
 
-from ditrim.export.graph import export_graph, write_graph
+from ditrim.export.graph import write_graph
 from ditrim.export.split import SplitPoint
 
 
@@ -52,13 +53,13 @@ def check_all(family: str, num_layers: int, front_depth: int, folder: Path) -> N
         assert relative_error(found["velocity"], reduced) < 1e-4
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", MODEL_NAMES)
 def test_front_depth_zero_gives_the_models_own_result(family: str, tmp_path: Path) -> None:
     check_all(family, 4, 0, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", MODEL_NAMES)
 def test_the_papers_front_depth_gives_the_models_own_result(family: str, tmp_path: Path) -> None:
     check_all(family, 12, 10, tmp_path)
 

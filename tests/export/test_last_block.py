@@ -13,18 +13,19 @@ import torch
 from algorithm_1 import run_model
 from diffusers import FluxTransformer2DModel
 from graph_sessions import relative_error
+from shared_traces import export_graph
 from tiny import FLUX_CONFIG, make_call, rope_of, tiny_transformer
 from torch import Tensor
 
 from ditrim.export.assemble import assemble_graph, index_weights, write_linked
 from ditrim.export.checkpoint import find_checkpoint
 from ditrim.export.family import FAMILIES
-from ditrim.export.graph import back_input_names, example_inputs, export_graph, write_graph
+from ditrim.export.graph import back_input_names, example_inputs, write_graph
 from ditrim.export.split import BackGraph, FrontGraph, SplitPoint, processors_installed, run_blocks
 from ditrim.plugins.architectures.transformers import blocks_of
 from ditrim.plugins.attention import JointContext
 
-POINT = SplitPoint(num_layers=4, front_depth=1, representative_layers=(3,))
+POINT = SplitPoint(num_layers=4, front_depth=1, representative_layers=(2, 3))
 G, C, T = 12, 10, 7  # of `example_inputs`
 QWEN_ROWS = {
     "attn.to_q": G,

@@ -20,6 +20,7 @@ from tiny_pipelines import request, small_pictures, tiny_pipeline
 
 import ditrim.runtime as ditrim
 from ditrim.commands.build_engine import main as build_engine
+from ditrim.engines.build import build
 from ditrim.engines.build.build import build_engine_set
 from ditrim.engines.build.options import BuildOptions
 from ditrim.engines.load import load_engines
@@ -127,7 +128,7 @@ def test_only_samples_of_the_weights_are_read(loaded: Any, monkeypatch: Any) -> 
 
 
 def test_a_set_of_a_merged_lora_runs_as_the_pipeline_that_loaded_it(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     family = "qwen-edit-plus"
     tiny_transformer(family).save_pretrained(tmp_path / "checkpoint")
@@ -167,8 +168,16 @@ def test_a_set_of_a_merged_lora_runs_as_the_pipeline_that_loaded_it(
         pass
     # The same command with another scale is another set, and the set's own command makes it again.
     assert "--lora" in manifest.command
-    assert build_engine([*arguments[:-7], f"{path}:0.5", *arguments[-6:]]) == 0
-    assert load_engine_set(tmp_path / "set").manifest.identity != manifest.identity
+    asked: list[str] = []
+
+    def note_identity(task: Any, folder: Path, progress: Any) -> Any:
+        asked.append(task.identity)
+        raise UsageError("enough is known")
+
+    monkeypatch.setattr(build, "write_graphs", note_identity)
+    assert build_engine([*arguments[:-7], f"{path}:0.5", *arguments[-6:]]) == UsageError.exit_code
+    assert asked != [manifest.identity]
+    assert len(asked) == 1
 
 
 def test_random_weights_take_loras_too(tmp_path: Path) -> None:

@@ -46,7 +46,6 @@ from ditrim.runtime.profiling.profile import (
     median_interval,
     noise_complaint,
     paired_ratio,
-    quantile,
     statistics_of,
 )
 from ditrim.runtime.profiling.projection import compare, project, target_from
@@ -72,11 +71,6 @@ from ditrim.runtime.profiling.text import (
 from ditrim.runtime.tokens.selection import count_by_influence
 
 # Statistics
-
-
-@given(st.lists(st.floats(0.001, 1e6), min_size=1, max_size=40), st.floats(0, 1))
-def test_quantiles_are_numpys(samples: list[float], share: float) -> None:
-    assert quantile(sorted(samples), share) == pytest.approx(np.quantile(samples, share))
 
 
 @pytest.mark.parametrize(

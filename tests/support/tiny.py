@@ -15,6 +15,8 @@ from ditrim.runtime.denoising.rope import RopeTables, rope_for
 
 AXES = (4, 6, 6)
 FAMILY_NAMES = ("qwen-edit", "qwen-edit-plus", "qwen-edit-2511", "flux-kontext")
+# Those whose models differ: `qwen-edit-plus` has the one of `qwen-edit`.
+MODEL_NAMES = ("qwen-edit", "qwen-edit-2511", "flux-kontext")
 QWEN_CONFIG: dict[str, Any] = {
     "patch_size": 2,
     "in_channels": 16,
