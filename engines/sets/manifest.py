@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from ditrim.engines.cost.parameters import check_sizes
 from ditrim.engines.sets.ladder import Ladder
 from ditrim.engines.sets.profiles import PLAN_ROLES, AxisRange, ProfileSpec
 from ditrim.engines.sets.specs import AXES, Limits, TensorSpec
@@ -307,6 +308,10 @@ def _manifest_from(content: dict[str, Any]) -> Manifest:
     except LadderError as error:
         raise EngineSetError(f"{MANIFEST_NAME}: key 'ladder': {error}") from error
     reader.close()
+    try:
+        check_sizes(manifest.transformer_config, manifest.architecture)
+    except ValueError as error:
+        raise EngineSetError(f"{MANIFEST_NAME}: key 'transformer_config': {error}") from error
     told = [spec.shape for spec in manifest.graphs["back"].outputs if spec.name == "layer_scores"]
     count = len(manifest.detailed_layers)
     if told != ([("batch", count, 3, "reference")] if count else []):

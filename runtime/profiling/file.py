@@ -12,6 +12,7 @@ from typing import Any
 
 from ditrim.engines.cost.cost import Peak
 from ditrim.engines.cost.flops import CallSize
+from ditrim.engines.cost.parameters import check_sizes
 from ditrim.plugins.errors import UsageError
 from ditrim.runtime.profiling.profile import (
     FORMAT,
@@ -164,6 +165,10 @@ def _check_complete(profile: Profile) -> None:
             )
     if not 0 < engine["front_depth"] < engine["num_layers"] <= _MOST_LAYERS:
         raise UsageError(f"engine.front_depth is {engine['front_depth']} of {engine['num_layers']}")
+    try:
+        check_sizes(engine["config"], engine["architecture"])
+    except ValueError as error:
+        raise UsageError(f"engine.config.{error}") from None
     if not profile.geometries:
         raise UsageError("it has no rows of the engine set")
     for geometry in profile.geometries:

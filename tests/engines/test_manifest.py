@@ -69,6 +69,11 @@ def test_truncated_manifest_says_so(text: str) -> None:
         ({"ladder": {"rungs": [4]}}, "key 'ladder.granularity' is missing"),
         ({"limits": {"batch": 0, "noisy": 1, "text": 1}}, "key 'limits.batch' is 0"),
         ({"representative_layers": ["a"]}, r"key 'representative_layers\[0\]' must be a whole"),
+        (
+            {"transformer_config": {"num_attention_heads": -1}},
+            "key 'transformer_config': num_attention_heads is -1; it must be a whole number, 1 or",
+        ),
+        ({"transformer_config": {"num_layers": "60"}}, "'transformer_config': num_layers is '60'"),
         ({"command": None}, "key 'command' must be text, not null"),
         ({"plans": []}, "key 'plans' must be an object, not a list"),
         ({"plans": {"middle": {}}}, r"unknown key 'plans\.middle'"),

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from made_up_profile import (
     ANCHOR,
@@ -363,7 +363,6 @@ def _edited(change: Callable[[dict[str, Any]], Any]) -> str:
         (_edited(lambda c: c["rows"][0].update(warmup_ms=[0])), "no time above 0"),
         (_edited(lambda c: c["engine"].update(front_depth=4)), "engine.front_depth is 4 of 4"),
         (_edited(lambda c: c["engine"].update(num_layers=10**9)), "engine.front_depth is 1 of"),
-        (_edited(lambda c: c["engine"]["config"].update(attention_head_dim=0)), "no transformer's"),
         (_edited(lambda c: c["engine"].update(architecture="sd3")), "'sd3' is missing"),
         (_edited(lambda c: c["machine"].update(cores=True)), "machine.cores is True"),
         (_edited(lambda c: c["machine"].pop("versions")), "'versions' is missing"),
@@ -385,6 +384,25 @@ def test_damaged_profile_is_refused(tmp_path: Path, text: str, message: str) -> 
         load_profile(file)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("attention_head_dim", 0, "is 0; it must be a whole number, 1 or more"),
+        ("num_attention_heads", -1, "is -1; it must be a whole number, 1 or more"),
+        ("num_layers", 1.5, "is 1.5; it must be a whole number, 0 or more"),
+        ("patch_size", True, "is True; it must be a whole number, 1 or more"),
+        ("in_channels", None, "is None; it must be a whole number, 1 or more"),
+    ],
+)
+def test_a_size_of_the_transformer_that_cannot_be_is_named(
+    tmp_path: Path, key: str, value: object, message: str
+) -> None:
+    file = tmp_path / "profile.json"
+    file.write_text(_edited(lambda content: content["engine"]["config"].update({key: value})))
+    with pytest.raises(UsageError, match=rf"profile\.json is damaged: .*engine\.config.*{message}"):
+        load_profile(file)
+
+
 def _leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """The path to everything in a file's content."""
     yield path
@@ -401,6 +419,7 @@ _PLACES = [path for path in _leaves(_MADE_UP) if path and path[0] != "statistics
     st.sampled_from(_PLACES),
     st.sampled_from([None, "x", -1, 0, 1.5, math.nan, math.inf, [], {}, True, 10**30, "gone"]),
 )
+@example(("engine", "config", "num_attention_heads"), -1)
 @settings(max_examples=100, deadline=None)
 def test_a_file_changed_anywhere_is_refused_or_worked_with(
     path: tuple[Any, ...], value: object
