@@ -147,7 +147,7 @@ def describe(
             target={},
             files=(),
             source={"kind": "small" if is_small else "memory", "location": source.location},
-            command="",
+            options={},
             created="",
         ),
     )

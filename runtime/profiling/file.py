@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from ditrim.engines.cost.cost import Peak
 from ditrim.engines.cost.flops import CallSize
@@ -19,7 +19,9 @@ from ditrim.engines.json_file import (
     read_file,
     value_from,
 )
+from ditrim.plugins.architectures import ARCHITECTURES
 from ditrim.plugins.errors import UsageError
+from ditrim.plugins.precision import PRECISIONS
 from ditrim.runtime.profiling.profile import (
     FORMAT,
     GRAPH_PARTS,
@@ -35,12 +37,12 @@ _MOST_LAYERS = 1000
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Engine:
     model: str
-    architecture: Literal["qwen", "flux"]
+    architecture: str
     config: dict[str, Any]
     front_depth: Whole
     num_layers: Whole
     num_scored: Whole
-    precision: Literal["fp32", "fp16", "bf16"]
+    precision: str
     backend: str
     backend_version: str
     identity: str
@@ -109,6 +111,9 @@ def _profile_from(text: str) -> Profile:
         created=parts.created,
         rows=measured.rows,
     )
+    for name, known in (("architecture", ARCHITECTURES), ("precision", PRECISIONS)):
+        if (value := content["engine"][name]) not in known:
+            raise UsageError(f"key 'engine.{name}' is {value!r}; it must be {' or '.join(known)}")
     try:
         check_sizes(parts.engine.config, parts.engine.architecture)
     except ValueError as error:

@@ -364,7 +364,7 @@ def _edited(change: Callable[[dict[str, Any]], Any]) -> str:
         (_edited(lambda c: c["engine"].update(front_depth=4)), "engine.front_depth is 4 of 4"),
         (_edited(lambda c: c["engine"].update(num_layers=10**9)), "engine.front_depth is 1 of"),
         (_edited(lambda c: c["engine"].update(num_scored=4)), "engine.num_scored is 4, more than"),
-        (_edited(lambda c: c["engine"].update(architecture="sd3")), "'sd3'; it must be 'qwen'"),
+        (_edited(lambda c: c["engine"].update(architecture="sd3")), "'sd3'; it must be qwen or"),
         (_edited(lambda c: c["machine"].update(cores=True)), "'machine.cores' is True; it must"),
         (_edited(lambda c: c["machine"].pop("versions")), "key 'machine.versions' is missing"),
         (_edited(lambda c: c["settings"].update(max_noise=math.inf)), "Infinity is no number"),
