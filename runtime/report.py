@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from ditrim.engines.json_file import Count, NotEmpty, Positive, Whole, parse_json, value_from
 
 if TYPE_CHECKING:
     import torch
@@ -118,6 +120,50 @@ class RunReport:
                 for record in (_without_tensor(r) for r in self.steps)
             ]
         return summary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Step:
+    role: Literal["full", "anchor", "reduced", "reuse"]
+    branch: str
+    batch: Count
+    num_noisy: Whole
+    num_text: Whole
+    num_reference: Count
+    num_kept: Count
+
+    def __post_init__(self) -> None:
+        if self.num_kept > self.num_reference:
+            raise ValueError(f"a step kept {self.num_kept} of {self.num_reference} tokens")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    steps: Annotated[tuple[_Step, ...], NotEmpty]
+    total_ms: Positive
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Engine:
+    identity: str
+    model: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenReport:
+    """What others read of a file that `edit-image --report` wrote."""
+
+    run: _Run
+    engine: _Engine
+
+    @classmethod
+    def from_json(cls, text: str) -> WrittenReport:
+        """Parse and check the file's text.
+
+        Raises:
+            UsageError: it is no report; names the key.
+        """
+        return value_from(cls, parse_json(text), extra="ignore")
 
 
 def _without_tensor(record: StepRecord) -> StepRecord:

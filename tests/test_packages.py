@@ -24,7 +24,7 @@ EXPORTING = "engines/build/"
 # Rooms of a package, from the ground up: none imports from one above it, not even its types.
 FLOORS = {
     "engines": (
-        ("files", "forking", "presets"),
+        ("files", "forking", "presets", "json_file"),
         ("sets", "cost"),
         ("backend",),
         ("backends",),

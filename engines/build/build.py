@@ -268,7 +268,7 @@ def _build(task: BuildTask, progress: Progress) -> None:
             source=describe(task.source, prints, task.loras),
             weights=written.weights,
             merged_weights=written.merged_weights,
-            command=_command(task),
+            options=_options(task),
             created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         )
         write_durably(folder / MANIFEST_NAME, manifest.to_json())
@@ -278,13 +278,13 @@ def _build(task: BuildTask, progress: Progress) -> None:
         commit(folder, task.target)
 
 
-def _command(task: BuildTask) -> str:
-    """A command line that works from any folder."""
+def _options(task: BuildTask) -> dict[str, tuple[str, ...]]:
+    """Options that ask for the set from any folder."""
     options = replace(task.options, output=str(task.target))
     if task.source.kind in ("folder", "file"):
         options = replace(options, weights=task.source.location)
     loras = tuple(f"{_place_of(lora)}:{lora.scale:g}" for lora in task.source.loras)
-    return replace(options, lora=loras).command()
+    return replace(options, lora=loras).given()
 
 
 def _place_of(lora: LoraSource) -> str:

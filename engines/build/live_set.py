@@ -153,7 +153,7 @@ def describe(
                 "location": source.location,
                 "files": {"weights in memory": {"sha256": _digest_of(transformer)}},
             },
-            command="",
+            options={},
             created="",
         ),
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -18,6 +17,7 @@ from ditrim.engines.build.lengths import (
     ranges_of,
     usual_references,
 )
+from ditrim.engines.sets.command import command_of
 from ditrim.engines.sets.ladder import Ladder
 from ditrim.engines.sets.profiles import ProfileSpec, Ranges, ladder_profiles, plan_roles
 from ditrim.engines.sets.specs import Limits
@@ -87,17 +87,17 @@ def _sizes(given: Any) -> tuple[tuple[int, int], ...]:
     return (given,) if isinstance(given[0], int) else tuple(given)
 
 
-def _words_of(name: str, value: Any) -> list[str | None]:
-    """What follows an option, each time that it is given; none where nothing does."""
+def _words_of(name: str, value: Any) -> tuple[str, ...]:
+    """What follows an option, each time that it is given; nothing follows a switch."""
     if name == "config":
-        return [f"{key}={json.dumps(value[key])}" for key in sorted(value)]
+        return tuple(f"{key}={json.dumps(value[key])}" for key in sorted(value))
     if name == "lora":
-        return list(value)
+        return tuple(value)
     if name in ("resolution", "reference_resolution"):
-        return [f"{width}x{height}" for width, height in _sizes(value)]
+        return tuple(f"{width}x{height}" for width, height in _sizes(value))
     if value is True:
-        return [None]
-    return [",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+        return ()
+    return (",".join(map(str, value)) if isinstance(value, tuple) else str(value),)
 
 
 def _plan_option(default: Any, *, shapes: bool = True) -> Any:
@@ -443,20 +443,19 @@ class BuildOptions:
             }
         return shaping
 
-    def command(self) -> str:
-        """The command line that asks for the same set; options at their defaults are left out."""
-        arguments = ["build-engine"]
+    def given(self) -> dict[str, tuple[str, ...]]:
+        """The options that ask for the same set, by name; those at their defaults are left out."""
+        given = {}
         for item in fields(self):
             value = getattr(self, item.name)
             default = {} if item.name == "config" else item.default
             if item.name == "precision":
                 default = _DEFAULT_PRECISION[self.backend]
             is_needed = item.name == "model" and self.preset is None
-            if item.name in ("force", "verify") or (value == default and not is_needed):
-                continue
-            option = f"--{item.name.replace('_', '-')}"
-            for word in _words_of(item.name, value):
-                arguments += [option] if word is None else [option, word]
-        if self.output is None:
-            arguments += ["--output", str(self.target)]
-        return shlex.join(arguments)
+            if item.name not in ("force", "verify") and (value != default or is_needed):
+                given[item.name] = _words_of(item.name, value)
+        return given if self.output is not None else given | {"output": (str(self.target),)}
+
+    def command(self) -> str:
+        """The command line that asks for the same set."""
+        return command_of(self.given())

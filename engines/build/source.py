@@ -7,15 +7,15 @@ last build is taken to be unchanged. Trade-off: the first build reads the weight
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from ditrim.engines.build.options import BuildOptions
+from ditrim.engines.json_file import NotEmpty, Whole, parse_json, read_file, value_from
 from ditrim.engines.presets import small_editor_folder
 from ditrim.engines.sets.engine_set import sha256_of
 from ditrim.export.checkpoint import (
@@ -178,6 +178,19 @@ def _cut_depth(options: BuildOptions) -> dict[str, int]:
     return ARCHITECTURES[options.family.architecture].cut(count)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Calibration:
+    front_depth: Whole
+    representative_layers: Annotated[tuple[Whole, ...], NotEmpty]
+
+    def __post_init__(self) -> None:
+        layers = self.representative_layers
+        if list(layers) != sorted(set(layers)) or layers[0] < self.front_depth:
+            raise ValueError(
+                f"representative_layers {layers} must increase from front_depth {self.front_depth}"
+            )
+
+
 def read_calibration(path: Path) -> dict[str, Any]:
     """K and L that were measured on a preset's weights; empty without the file.
 
@@ -186,20 +199,13 @@ def read_calibration(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        depth, layers = content["front_depth"], content["representative_layers"]
-        counts = [depth, *layers]
-        if not layers or any(isinstance(n, bool) or not isinstance(n, int) for n in counts):
-            raise ValueError(f"front_depth {depth!r}, representative_layers {layers!r}")
-        if min(counts) < 0 or list(layers) != sorted(set(layers)) or layers[0] < depth:
-            raise ValueError(f"front_depth {depth}, representative_layers {layers}")
-        return {"front_depth": depth, "representative_layers": tuple(layers)}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} is damaged ({error!r}): it needs front_depth and representative_layers; "
-            "install the package again"
-        ) from error
+    return read_file(
+        path,
+        lambda text: asdict(value_from(_Calibration, parse_json(text), extra="ignore")),
+        what="the calibration",
+        remedy="install the package again",
+        error=CheckpointError,
+    )
 
 
 def choose_split(options: BuildOptions, source: Source) -> SplitChoice:

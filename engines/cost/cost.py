@@ -15,6 +15,7 @@ from typing import Any
 
 from ditrim.engines.cost.flops import CallSize, MatrixProduct, block_products, graph_products
 from ditrim.engines.cost.parameters import complete_config, count_parameters
+from ditrim.engines.json_file import Positive
 from ditrim.plugins.errors import UsageError
 from ditrim.plugins.precision import PRECISIONS
 
@@ -56,8 +57,8 @@ class Peak:
         source: where the two are from.
     """
 
-    tflops: float | None
-    gb_s: float | None
+    tflops: Positive | None
+    gb_s: Positive | None
     source: str
 
     def roofline_ms(self, cost: Cost) -> float | None:

@@ -34,6 +34,22 @@ def complete_config(config: Mapping[str, Any], architecture: str) -> dict[str, A
     return ARCHITECTURES[architecture].completed(config)
 
 
+def check_sizes(config: Mapping[str, Any], architecture: str) -> None:
+    """Check that everything that is counted in a configuration can be counted with.
+
+    Raises:
+        ValueError: a size is not a whole number above 0 (a depth: of at least 0); names the key.
+    """
+    known = ARCHITECTURES[architecture]
+    for key, default in known.class_defaults.items():
+        value, least = config.get(key, default), 0 if key in known.depths else 1
+        is_left_open = key == "out_channels" and value is None
+        if isinstance(default, bool) or is_left_open:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{key} is {value!r:.80}; it must be a whole number, {least} or more")
+
+
 def count_parameters(
     config: Mapping[str, Any], architecture: str, front_depth: int
 ) -> ParameterCounts:

@@ -6,35 +6,30 @@ import hashlib
 import os
 import shlex
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
+from ditrim.engines.json_file import parse_json, value_from
+from ditrim.engines.sets.command import rebuild_command
 from ditrim.engines.sets.identity import BACKEND_DISTRIBUTIONS, backend_version
-from ditrim.engines.sets.manifest import MANIFEST_NAME, GraphSpec, Manifest, PlanSpec
+from ditrim.engines.sets.manifest import (
+    MANIFEST_NAME,
+    GraphSpec,
+    Manifest,
+    PlanSpec,
+    current_content,
+)
 from ditrim.engines.sets.staging import recover
-from ditrim.plugins.errors import BackendError, EngineSetError
+from ditrim.plugins.errors import BackendError, EngineSetError, UsageError
 
 if TYPE_CHECKING:
     import onnx
 
 # An honest manifest has some tens of kilobytes; a larger file is not read into memory.
 _MANIFEST_BYTES = 16 * 1024 * 1024
-_SWITCHES = (
-    "--separate-anchor",
-    "--allow-unfused",
-    "--graph-only",
-    "--weights-stripped",
-    "--score-details",
-)
 _GRAPH_SUFFIX, _PLAN_SUFFIX = ".onnx", ".plan"
-# Options whose values follow from others: replacing one drops the ones that contradict it.
-_CONTRADICTED = {
-    "--max-reference-tokens": ("--ladder", "--num-references"),
-    "--ladder": ("--max-reference-tokens", "--rungs"),
-    "--rungs": ("--ladder",),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,32 +51,7 @@ class EngineSet:
         Args:
             changes: options to replace, as `max_reference_tokens=512`; a value of None drops one.
         """
-        return rebuild_command(self.manifest.command, self.folder, **changes)
-
-
-def rebuild_command(command: str, folder: Path, **changes: object) -> str:
-    """See `EngineSet.rebuild_command`."""
-    changes.setdefault("output", str(folder))
-    arguments = shlex.split(command)
-    for key, value in changes.items():
-        option = "--" + key.replace("_", "-")
-        for name in (option, *_CONTRADICTED.get(option, ())):
-            arguments = _without(arguments, name)
-        if value is not None:
-            text = ",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
-            arguments += [option, text]
-    return shlex.join(arguments)
-
-
-def _without(arguments: Sequence[str], option: str) -> list[str]:
-    """Leave out an option, with its value unless it is a switch."""
-    kept: list[str] = []
-    is_value = False
-    for argument in arguments:
-        if not is_value and argument != option:
-            kept.append(argument)
-        is_value = argument == option and option not in _SWITCHES and not is_value
-    return kept
+        return rebuild_command(self.manifest.options, self.folder, **changes)
 
 
 def load_engine_set(
@@ -145,14 +115,10 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _remedy(folder: Path, text: str) -> str:
     """How to build a set again whose manifest cannot be trusted."""
-    import json
-
     try:
-        command = json.loads(text)["command"]
-        if not command.startswith("build-engine "):
-            raise ValueError(command)
-        command = rebuild_command(command, folder)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        options = current_content(parse_json(text))["options"]
+        command = rebuild_command(value_from(dict[str, tuple[str, ...]], options), folder)
+    except (UsageError, KeyError, TypeError):
         return "Build it again with build-engine --force"
     return f"Build it again with: {command} --force"
 

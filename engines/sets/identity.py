@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ditrim.engines.sets.manifest import FORMAT_VERSION, canonical_json
+from ditrim.engines.sets.manifest import FORMAT_VERSION, digest_of
 from ditrim.plugins.errors import BackendError
 
 # Distributions that hold a backend, in the order in which they win when several are installed.
@@ -113,4 +113,4 @@ def identity_of(
         "backend": [backend, "" if is_graph_only else backend_version(backend)],
         "device": device,
     }
-    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
+    return digest_of(content)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ditrim.engines.json_file import Count
+
 AXES = ("batch", "noisy", "reference", "text", "rows")
 
 
@@ -26,6 +28,6 @@ class TensorSpec:
 class Limits:
     """The largest values served; the longest reference is the ladder's."""
 
-    batch: int
-    noisy: int
-    text: int
+    batch: Count
+    noisy: Count
+    text: Count

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from ditrim.engines.sets.manifest import canonical_json
+from ditrim.engines.json_file import Count, Whole, check_header, parse_json, read_file, value_from
+from ditrim.engines.sets.manifest import digest_of
 from ditrim.plugins.errors import UsageError
 from ditrim.runtime.caches.step_cache import (
-    TOKENS,
     CacheMemory,
     FrontView,
     StepCache,
@@ -163,14 +160,14 @@ class CacheCalibration:
     """
 
     model: str
-    front_depth: int
+    front_depth: Whole
     weights: str
     engine_identity: str
     precision: str
     tokens: Literal["noisy", "joint"]
-    num_steps: int
-    num_samples: int
-    seed: int
+    num_steps: Count
+    num_samples: Count
+    seed: Whole
     points: tuple[ChangePoint, ...]
     fit: Fit
 
@@ -188,8 +185,7 @@ class CacheCalibration:
         """The text of a calibration file, with the hash of its own content."""
         content = {"kind": _KIND, "format_version": FORMAT_VERSION, **asdict(self)}
         content["points"] = [[p.step, p.front, p.velocity] for p in self.points]
-        content = json.loads(json.dumps(content))  # tuples as lists
-        return json.dumps(content | {_SEAL: _digest(content)}) + "\n"
+        return json.dumps(content | {_SEAL: digest_of(content)}) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> CacheCalibration:
@@ -198,29 +194,18 @@ class CacheCalibration:
         Raises:
             UsageError: it is something else, of another format version, or was cut or changed.
         """
-        try:
-            content = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"it is not JSON ({error}): it is truncated or damaged") from error
-        if not isinstance(content, dict) or content.get("kind") != _KIND:
-            raise UsageError("it is no file of calibrate-cache")
-        version = content.get("format_version")
-        if version != FORMAT_VERSION or isinstance(version, bool):
-            raise UsageError(
-                f"it is of format version {version!r}; this version of ditrim reads format "
-                f"version {FORMAT_VERSION}"
-            )
-        seal = content.pop(_SEAL, None)
-        try:
-            is_sealed = seal == _digest(content)
-        except ValueError as error:  # NaN
-            raise UsageError("it holds a number that JSON does not have") from error
-        if not is_sealed:
+        content = parse_json(text)
+        header: dict[str, str | int] = {"kind": _KIND, "format_version": FORMAT_VERSION}
+        fields = check_header(content, "file of calibrate-cache", header)
+        seal = fields.pop(_SEAL, None)
+        if seal != digest_of(header | fields):
             raise UsageError("it is damaged or was edited: its content does not match its sha256")
-        try:
-            return _calibration_from(content)
-        except (KeyError, TypeError, ValueError) as error:
-            raise UsageError(f"its content is not that of format {version}: {error}") from error
+        points = value_from(list[tuple[int, float, float]], fields.get("points"), where="points")
+        names = ("step", "front", "velocity")
+        fields["points"] = [dict(zip(names, point, strict=True)) for point in points]
+        calibration = value_from(cls, fields)
+        calibration.cache(threshold=1.0)  # checks the polynomial
+        return calibration
 
 
 def save_calibration(calibration: CacheCalibration, path: str | os.PathLike[str]) -> None:
@@ -236,18 +221,8 @@ def load_calibration(path: str | os.PathLike[str]) -> CacheCalibration:
     Raises:
         UsageError: it cannot be read or is damaged; names it.
     """
-    path = Path(path)
-    remedy = "make it with calibrate-cache"
-    try:
-        return CacheCalibration.from_json(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UsageError(f"there is no cache calibration {path}; {remedy}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: it is not text; {remedy}") from error
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}; {remedy}") from error
+    remedy = "make one with calibrate-cache"
+    return read_file(path, CacheCalibration.from_json, what="cache calibration", remedy=remedy)
 
 
 def load_tea_cache(
@@ -310,47 +285,4 @@ def weights_digest(manifest: Manifest) -> str:
         "config": dict(manifest.transformer_config),
         "weights": sorted(hashes.values()) or source.get("seed"),
     }
-    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(canonical_json(content).encode()).hexdigest()
-
-
-def _calibration_from(content: Mapping[str, Any]) -> CacheCalibration:
-    def whole(name: str, least: int) -> int:
-        value = content[name]
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name} is {value!r}")
-        return value
-
-    def text(name: str) -> str:
-        if not isinstance(content[name], str):
-            raise TypeError(f"{name} is {content[name]!r}")
-        return str(content[name])
-
-    if content["tokens"] not in TOKENS:
-        raise ValueError(f"tokens is {content['tokens']!r}")
-    fit = dict(content["fit"])
-    for name in ("coefficients", "measured"):
-        fit[name] = tuple(float(value) for value in fit[name])
-    if not all(math.isfinite(value) for value in (*fit["coefficients"], *fit["measured"])):
-        raise ValueError("a coefficient is not finite")
-    calibration = CacheCalibration(
-        model=text("model"),
-        front_depth=whole("front_depth", 0),
-        weights=text("weights"),
-        engine_identity=text("engine_identity"),
-        precision=text("precision"),
-        tokens=content["tokens"],
-        num_steps=whole("num_steps", 1),
-        num_samples=whole("num_samples", 1),
-        seed=whole("seed", 0),
-        points=tuple(
-            ChangePoint(step=int(step), front=float(front), velocity=float(velocity))
-            for step, front, velocity in content["points"]
-        ),
-        fit=Fit(**fit),
-    )
-    calibration.cache(threshold=1.0)  # checks the polynomial
-    return calibration
+    return digest_of(content)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ditrim.engines.files import write_file
+from ditrim.engines.json_file import check_header, parse_json, read_file, value_from
 from ditrim.plugins.errors import DitrimError, UsageError
 
 SETTINGS, RUNS, PICTURES = "comparison.json", "runs.jsonl", "pictures"
@@ -92,28 +93,44 @@ def open_folder(folder: Path, settings: Mapping[str, Any]) -> Iterator[Compariso
                 f"another process is at work in {folder}; wait for it, or give another --output"
             ) from error
         merged = merged_settings(folder, _read_settings(folder), settings)
-        opened = ComparisonFolder(folder, merged, _read_rows(folder / RUNS, log), log)
+        opened = ComparisonFolder(folder, merged, _read_rows(log), log)
         write_file(folder / SETTINGS, (json.dumps(merged, indent=1) + "\n").encode())
         yield opened
 
 
-def _read_settings(folder: Path) -> dict[str, Any] | None:
-    path = folder / SETTINGS
-    if not path.exists():
-        return None
-    try:
-        settings = json.loads(path.read_text("utf-8"))
-        version = settings["format_version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DitrimError(
-            f"{path} is damaged ({error!r}); give another --output, or delete the folder"
-        ) from error
-    if version != FORMAT_VERSION:
-        raise UsageError(
-            f"{folder} was made by another version (format {version}, this one writes "
-            f"{FORMAT_VERSION}); give another --output"
-        )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Settings:
+    fixed: dict[str, Any]
+    edits: list[dict[str, Any]]
+    seeds: list[int]
+    policies: list[dict[str, str]]
+    sessions: list[Any]
+
+
+def _settings_from(text: str) -> dict[str, Any]:
+    settings: dict[str, Any] = parse_json(text)
+    check_header(settings, "comparison", {"format_version": FORMAT_VERSION})
+    value_from(_Settings, settings, extra="ignore")
     return settings
+
+
+def _read_settings(folder: Path) -> dict[str, Any] | None:
+    if not (folder / SETTINGS).exists():
+        return None
+    remedy = "give another --output, or delete the folder"
+    return read_file(folder / SETTINGS, _settings_from, what="the comparison", remedy=remedy)
+
+
+def read_comparison(folder: Path) -> tuple[dict[str, Any], list[Row]]:
+    """The settings and finished runs of a comparison, which is left as it is.
+
+    Raises:
+        UsageError: there is none, or it is damaged.
+    """
+    what, remedy = "the comparison", "make one with evaluate-policies"
+    settings = read_file(folder / SETTINGS, _settings_from, what=what, remedy=remedy)
+    rows = read_file(folder / RUNS, _rows_in, what=what, remedy=remedy)
+    return settings, list(rows.values())
 
 
 def merged_settings(
@@ -171,21 +188,26 @@ def merged_settings(
     }
 
 
-def _read_rows(path: Path, log: IO[str]) -> dict[Key, Row]:
+def _read_rows(log: IO[str]) -> dict[Key, Row]:
     """Finished runs; a last line that was cut off is taken away."""
     log.seek(0)
     content = log.read()
     whole = content[: content.rfind("\n") + 1]
     if whole != content:
         log.truncate(len(whole.encode()))
+    return _rows_in(whole)
+
+
+def _rows_in(text: str) -> dict[Key, Row]:
+    """Runs by line; a last line that was cut off is left out."""
     rows: dict[Key, Row] = {}
-    for number, line in enumerate(whole.splitlines(), start=1):
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), start=1):
         try:
             row = json.loads(line)
             rows[key_of(row)] = row
         except (ValueError, KeyError, TypeError) as error:
-            raise DitrimError(
-                f"{path}, line {number} is damaged ({error!r}); delete the line, and its run is "
+            raise UsageError(
+                f"{RUNS}, line {number} is damaged ({error!r}); delete the line, and its run is "
                 "made again"
             ) from error
     return rows

@@ -7,17 +7,25 @@ the model and the kind of edits that it was fitted on; `calibrate-auto` makes on
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
+from ditrim.engines.json_file import (
+    NotEmpty,
+    Whole,
+    check_header,
+    parse_json,
+    read_file,
+    value_from,
+)
 from ditrim.plugins.errors import UsageError
 
 FORMAT = "ditrim-quality-1"
-METHODS = ("coverage", "tokendrop")
+_Name = Literal["coverage", "tokendrop"]
+METHODS: tuple[str, ...] = get_args(_Name)
 _LEAST_SHARE = 1e-3  # what is given up counts as at least this, so that its logarithm is finite
 LEAST_RUNS = 12
 CAP_DB = 100.0
@@ -127,41 +135,37 @@ class QualityModel:
         }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Fit:
+    coefficients: tuple[float, float, float, float]
+    residual_db: float
+    num_runs: Whole
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _File:
+    model: str
+    engine_identity: str
+    methods: Annotated[dict[_Name, _Fit], NotEmpty]
+
+
 def load_quality(path: str | Path) -> QualityModel:
     """Read what `calibrate-auto` wrote.
 
     Raises:
         UsageError: the file cannot be read, is damaged, or is of another kind.
     """
-    place = Path(path).expanduser()
-    try:
-        content = json.loads(place.read_text("utf-8"))
-        if content["format"] != FORMAT:
-            raise ValueError(f"its format is {content['format']!r}, expected {FORMAT!r}")
-        methods = content["methods"]
-        coefficients = {
-            name: tuple(float(value) for value in entry["coefficients"])
-            for name, entry in methods.items()
-        }
-        residuals = {name: float(entry["residual_db"]) for name, entry in methods.items()}
-        numbers = [*residuals.values(), *(v for row in coefficients.values() for v in row)]
-        if any(len(row) != 4 for row in coefficients.values()) or not all(
-            map(math.isfinite, numbers)
-        ):
-            raise ValueError("a method needs four finite coefficients")
-        if not methods or not set(methods) <= set(METHODS):
-            raise ValueError(f"it holds {', '.join(methods) or 'no method'}")
-        return QualityModel(
-            model=str(content["model"]),
-            identity=str(content["engine_identity"]),
-            coefficients=coefficients,
-            residual_db=residuals,
-            num_runs={name: int(entry["num_runs"]) for name, entry in methods.items()},
-        )
-    except OSError as error:
-        raise UsageError(f"{place} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(
-            f"{place} holds no quality prediction that can be used ({error}); make one with "
-            "calibrate-auto"
-        ) from error
+    remedy = "make one with calibrate-auto"
+    return read_file(Path(path).expanduser(), _quality_from, what="predictor", remedy=remedy)
+
+
+def _quality_from(text: str) -> QualityModel:
+    content = check_header(parse_json(text), "quality prediction", {"format": FORMAT})
+    found = value_from(_File, content, extra="ignore")
+    return QualityModel(
+        model=found.model,
+        identity=found.engine_identity,
+        coefficients={name: entry.coefficients for name, entry in found.methods.items()},
+        residual_db={name: entry.residual_db for name, entry in found.methods.items()},
+        num_runs={name: entry.num_runs for name, entry in found.methods.items()},
+    )

@@ -2,71 +2,89 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
-from collections.abc import Mapping
-from dataclasses import fields
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 from ditrim.engines.cost.cost import Peak
 from ditrim.engines.cost.flops import CallSize
+from ditrim.engines.cost.parameters import check_sizes
+from ditrim.engines.json_file import (
+    NotEmpty,
+    NotNegative,
+    Positive,
+    Whole,
+    check_header,
+    parse_json,
+    read_file,
+    value_from,
+)
+from ditrim.plugins.architectures import ARCHITECTURES
 from ditrim.plugins.errors import UsageError
+from ditrim.plugins.precision import PRECISIONS
 from ditrim.runtime.profiling.profile import (
     FORMAT,
     GRAPH_PARTS,
     VERSION,
     Profile,
     Row,
-    is_count,
-    is_positive,
 )
 
-_MOST_BYTES = 256 << 20
 _MOST_LAYERS = 1000
-_ENGINE_TYPES: dict[str, type] = {
-    "model": str,
-    "architecture": str,
-    "config": dict,
-    "front_depth": int,
-    "num_layers": int,
-    "num_scored": int,
-    "precision": str,
-    "backend": str,
-    "backend_version": str,
-    "identity": str,
-    "rungs": list,
-    "granularity": int,
-    "limits": dict,
-}
-_MACHINE_TYPES: dict[str, type] = {
-    "name": str,
-    "device": str,
-    "cores": int,
-    "threads": int,
-    "timer": str,
-    "memory": str,
-    "clocks": dict,
-    "load": dict,
-    "versions": dict,
-}
 
 
-def parse_json(text: str) -> Any:
-    """Read JSON, without the NaN and Infinity that Python adds to it.
+# What later steps take from the parts of a profile that are plain mappings.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Engine:
+    model: str
+    architecture: str
+    config: dict[str, Any]
+    front_depth: Whole
+    num_layers: Whole
+    num_scored: Whole
+    precision: str
+    backend: str
+    backend_version: str
+    identity: str
+    rungs: list[Any]
+    granularity: Whole
+    limits: dict[str, Any]
 
-    Raises:
-        ValueError: it is none; RecursionError: it is nested too deep.
-    """
 
-    def finite(digits: str) -> float:
-        value = float(digits)
-        if not math.isfinite(value):
-            raise ValueError(f"{digits} is no number")
-        return value
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Machine:
+    name: str
+    device: str
+    cores: Whole
+    threads: Whole
+    timer: str
+    memory: str
+    clocks: dict[str, Any]
+    load: dict[str, NotNegative | None]
+    versions: dict[str, Any]
 
-    return json.loads(text, parse_constant=finite, parse_float=finite)
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Settings:
+    repeats: Whole
+    warmup: Whole
+    resolutions: dict[str, Any]
+    max_noise: Positive
+    tau: NotNegative
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Parts:
+    engine: _Engine
+    machine: _Machine
+    settings: _Settings
+    created: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Figures:
+    peak: Peak
+    rows: Annotated[tuple[Row, ...], NotEmpty]
 
 
 def load_profile(path: str | os.PathLike[str], option: str = "--profile") -> Profile:
@@ -75,95 +93,53 @@ def load_profile(path: str | os.PathLike[str], option: str = "--profile") -> Pro
     Raises:
         UsageError: it is not there, truncated, no profile, or of another version.
     """
-    path = Path(path)
-    try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise UsageError(f"{option} {path} is larger than any profile ({_MOST_BYTES} bytes)")
-        text = path.read_text("utf-8")
-    except OSError as error:
-        raise UsageError(f"{option} {path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError:
-        raise UsageError(f"{option} {path} is no text: give a profile.json") from None
-    try:
-        content = parse_json(text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(
-            f"{option} {path} is truncated or no JSON ({error}); measure again"
-        ) from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise UsageError(f"{option} {path} is no profile of profile-latency")
-    if content.get("version") != VERSION:
-        raise UsageError(
-            f"{option} {path} is a profile of version {content.get('version')!r}, this program "
-            f"reads version {VERSION}; measure again"
-        )
-    try:
-        return _profile_from(content)
-    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        missing = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-        raise UsageError(f"{option} {path} is damaged: {missing}; measure again") from None
+    remedy = "give a profile.json of profile-latency, or measure again"
+    return read_file(path, _profile_from, what=option, remedy=remedy)
 
 
-def _profile_from(content: Mapping[str, Any]) -> Profile:
-    engine, machine, settings, peak = (
-        _mapping(content[name], name) for name in ("engine", "machine", "settings", "peak")
-    )
-    _check_types("engine", engine, _ENGINE_TYPES)
-    _check_types("machine", machine, _MACHINE_TYPES)
-    _check_types("settings", settings, {"repeats": int, "warmup": int, "resolutions": dict})
-    for name in ("max_noise", "tau"):
-        if not (is_positive(settings[name]) or (name == "tau" and settings[name] == 0)):
-            raise UsageError(f"settings.{name} is {settings[name]!r}")
-    for name in ("tflops", "gb_s"):
-        if peak[name] is not None and not is_positive(peak[name]):
-            raise UsageError(f"peak.{name} is {peak[name]!r}")
-    _check_types("peak", peak, {"source": str})
-    for load in machine["load"].values():
-        if load is not None and not (is_positive(load) or load == 0):
-            raise UsageError(f"machine.load is {machine['load']!r}")
-    if not isinstance(content["created"], str):
-        raise UsageError(f"created is {content['created']!r}")
+def _profile_from(text: str) -> Profile:
+    content = parse_json(text)
+    check_header(content, "profile of profile-latency", {"format": FORMAT, "version": VERSION})
+    parts = value_from(_Parts, content, extra="ignore")
+    figures = {key: content[key] for key in ("peak", "rows") if key in content}
+    measured = value_from(_Figures, figures)
     profile = Profile(
-        engine=engine,
-        machine=machine,
-        peak=Peak(**peak),
-        settings=settings,
-        created=content["created"],
-        rows=_rows_from(content["rows"]),
+        engine=content["engine"],
+        machine=content["machine"],
+        peak=measured.peak,
+        settings=content["settings"],
+        created=parts.created,
+        rows=measured.rows,
     )
+    for name, known in (("architecture", ARCHITECTURES), ("precision", PRECISIONS)):
+        if (value := content["engine"][name]) not in known:
+            raise UsageError(f"key 'engine.{name}' is {value!r}; it must be {' or '.join(known)}")
+    try:
+        check_sizes(parts.engine.config, parts.engine.architecture)
+    except ValueError as error:
+        raise UsageError(f"key 'engine.config': {error}") from None
     _check_complete(profile)
     return profile
-
-
-def _rows_from(entries: object) -> tuple[Row, ...]:
-    if not isinstance(entries, list):
-        raise UsageError(f"rows is {entries!r:.80}")
-    allowed = {item.name for item in fields(Row)}
-    rows: dict[object, Row] = {}
-    for entry in entries:
-        unknown = set(_mapping(entry, "a row")) - allowed
-        if unknown:
-            raise UsageError(f"a row has the unknown key {min(unknown)!r}")
-        samples = {name: tuple(entry[name]) for name in ("samples_ms", "warmup_ms")}
-        row = Row(**{**entry, **samples})
-        if row.key in rows:
-            raise UsageError(f"the row {row.key} is there twice")
-        rows[row.key] = row
-    if not rows:
-        raise UsageError("it has no rows")
-    return tuple(rows.values())
 
 
 def _check_complete(profile: Profile) -> None:
     """What every later step needs."""
     engine, repeats = profile.engine, profile.settings["repeats"]
+    keys = set()
     for row in profile.rows:
+        if row.key in keys:
+            raise UsageError(f"the row {row.key} is there twice")
+        keys.add(row.key)
         if len(row.samples_ms) != repeats:
             raise UsageError(
                 f"the row {row.key} has {len(row.samples_ms)} samples of {repeats} rounds"
             )
     if not 0 < engine["front_depth"] < engine["num_layers"] <= _MOST_LAYERS:
         raise UsageError(f"engine.front_depth is {engine['front_depth']} of {engine['num_layers']}")
+    if engine["num_scored"] > engine["num_layers"] - engine["front_depth"]:
+        raise UsageError(
+            f"engine.num_scored is {engine['num_scored']}, more than the layers of BACK"
+        )
     if not profile.geometries:
         raise UsageError("it has no rows of the engine set")
     for geometry in profile.geometries:
@@ -171,7 +147,7 @@ def _check_complete(profile: Profile) -> None:
     size = CallSize(num_noisy=1, num_reference=1, num_text=1)
     model = profile.model_cost
     for cost in (model.front(size), model.back(size, num_rows=1)):
-        if not all(is_count(value) and value for value in (cost.flops, cost.num_bytes)):
+        if min(cost.flops, cost.num_bytes) < 1:
             raise UsageError("engine.config is no transformer's")
 
 
@@ -184,17 +160,3 @@ def _check_geometry(profile: Profile, geometry: tuple[int, int, int, int]) -> No
             raise UsageError(f"{part} of the size {geometry} is missing")
     if profile.find("back", geometry, geometry[3]) is None:
         raise UsageError(f"back over all references of the size {geometry} is missing")
-
-
-def _mapping(value: object, name: str) -> Mapping[str, Any]:
-    if not isinstance(value, dict):
-        raise UsageError(f"{name} is {value!r:.80}")
-    return value
-
-
-def _check_types(name: str, content: Mapping[str, Any], types: Mapping[str, type]) -> None:
-    for key, kind in types.items():
-        value = content[key]
-        is_wrong = not isinstance(value, kind) or isinstance(value, bool)
-        if is_wrong or (kind is int and value < 0):
-            raise UsageError(f"{name}.{key} is {value!r:.80}")

@@ -7,18 +7,16 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from ditrim.engines.cost.flops import CallSize
+from ditrim.engines.json_file import read_file
 from ditrim.plugins.errors import UsageError
 from ditrim.runtime.policies.schedule import Schedule
-from ditrim.runtime.profiling.file import parse_json
 from ditrim.runtime.profiling.profile import Profile, quantile
-from ditrim.runtime.report import ROLES
+from ditrim.runtime.report import WrittenReport
 
 _MOST_STEPS, _MOST_BRANCHES = 10_000, 4
-_REPORT_BYTES = 256 << 20
 # The best interval is the shortest that comes this close to scoring but once.
 _CLOSE = 0.02
 
@@ -174,46 +172,22 @@ def load_report(path: str | os.PathLike[str]) -> RecordedRun:
     Raises:
         UsageError: it is not there, or no such report.
     """
-    path = Path(path)
-    try:
-        if path.stat().st_size > _REPORT_BYTES:
-            raise UsageError(f"--report {path} is larger than any report")
-        return _recorded_in(parse_json(path.read_text("utf-8")), path)
-    except OSError as error:
-        raise UsageError(f"--report {path} cannot be read: {error.strerror}") from error
-    except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(
-            f"--report {path} is no report of edit-image ({type(error).__name__}: {error}); make "
-            "one with edit-image --report FILE"
-        ) from None
+    remedy = "give a file that edit-image --report wrote"
+    return read_file(path, _recorded_in, what="--report", remedy=remedy)
 
 
-def _recorded_in(content: Any, path: Path) -> RecordedRun:
-    steps = content["run"]["steps"]
-    if not steps:
-        raise UsageError(f"--report {path}: it has no steps")
-    calls, roles = [], dict[str, list[str]]()
+def _recorded_in(text: str) -> RecordedRun:
+    report = WrittenReport.from_json(text)
+    steps, roles = report.run.steps, dict[str, list[str]]()
     for step in steps:
-        role, of, kept = step["role"], int(step["num_reference"]), int(step["num_kept"])
-        if not 0 < kept <= of:
-            raise UsageError(f"--report {path}: a step kept {kept} of {of} tokens")
-        if role not in ROLES:
-            raise UsageError(f"--report {path}: a step has the role {role!r}")
-        calls.append((role, of, kept))
-        roles.setdefault(str(step["branch"]), []).append(role)
-    total_ms = float(content["run"]["total_ms"])
-    if not 0.0 < total_ms < math.inf:
-        raise UsageError(f"--report {path}: its calls took {total_ms} ms")
-    names = ("batch", "num_noisy", "num_text", "num_reference")
-    batch, noisy, text, reference = (int(steps[0][name]) for name in names)
+        roles.setdefault(step.branch, []).append(step.role)
+    first = steps[0]
     recorded = RecordedRun(
-        calls=tuple(calls),
-        geometry=(batch, noisy, text, reference),
-        total_ms=total_ms,
-        identity=str(content["engine"]["identity"]),
-        model=str(content["engine"]["model"]),
+        calls=tuple((step.role, step.num_reference, step.num_kept) for step in steps),
+        geometry=(first.batch, first.num_noisy, first.num_text, first.num_reference),
+        total_ms=report.run.total_ms,
+        identity=report.engine.identity,
+        model=report.engine.model,
     )
     return replace(recorded, schedule=_schedule_of(list(roles.values()), recorded.kept))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from ditrim.engines.files import write_file
 from ditrim.runtime.metrics import psnr_db, ssim_and_map
 from ditrim.runtime.small_editor.scenes import CATEGORIES, EditExample, held_out_edits
 
@@ -119,9 +119,7 @@ def evaluate(
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write beside the target, then replace it."""
-    beside = path.with_suffix(".partial")
-    beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    write_file(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def write_samples(folder: Path, numbers: Sequence[int] = SAMPLES) -> None:

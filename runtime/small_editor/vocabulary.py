@@ -9,6 +9,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from ditrim.engines.files import write_file
+
 logger = logging.getLogger(__name__)
 
 PAD, UNKNOWN, EMPTY = "<pad>", "<unk>", "<empty>"
@@ -82,9 +84,7 @@ class WordTokenizer:
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         content = {"model_max_length": self.model_max_length, "tokens": list(self.tokens)}
-        beside = folder / "vocab.json.partial"
-        beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, folder / "vocab.json")
+        write_file(folder / "vocab.json", (json.dumps(content, indent=1) + "\n").encode())
 
     @classmethod
     def from_pretrained(

@@ -48,10 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _calibrate(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
     from ditrim.engines.files import write_file
     from ditrim.runtime.editing.pictures import check_output
+    from ditrim.runtime.evaluation.folder import read_comparison
 
     check_output(args.output, "--output")
     folder = Path(args.comparison).expanduser()
-    settings, rows = _read(folder)
+    settings, rows = read_comparison(folder)
     runs: dict[str, list[tuple[Outlook, float]]] = {}
     for method, outlook, psnr in _seen(rows):
         runs.setdefault(method, []).append((outlook, psnr))
@@ -66,7 +67,8 @@ def _calibrate(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
                 f"{len(runs.pop(method))} runs of {method} are too few for a fit (at least "
                 f"{LEAST_RUNS}): with this predictor, auto leaves it out"
             )
-    fitted = QualityModel.fit(settings["model"], settings["engine_identity"], runs)
+    fixed = settings["fixed"]
+    fitted = QualityModel.fit(str(fixed["model"]), str(fixed["engine"]), runs)
     # The share of runs that came out no worse than predicted, on the runs that were fitted.
     kept = {
         method: sum(psnr >= fitted.predict(method, outlook) for outlook, psnr in pairs) / len(pairs)
@@ -80,28 +82,6 @@ def _calibrate(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
         )
     terminal.say(f"predictor: {args.output}")
     return {"output": str(args.output), **fitted.as_dict(), "no_worse_than_predicted": kept}
-
-
-def _read(folder: Path) -> tuple[Mapping[str, Any], list[dict[str, Any]]]:
-    """A comparison's settings and rows; a last line that was cut short is left out."""
-    try:
-        settings = json.loads((folder / "comparison.json").read_text("utf-8"))
-        lines = (folder / "runs.jsonl").read_text("utf-8").splitlines()
-        rows = []
-        for number, line in enumerate(lines, 1):
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                if number < len(lines):
-                    raise
-        fixed = settings["fixed"]
-        return {"model": str(fixed["model"]), "engine_identity": str(fixed["engine"])}, rows
-    except OSError as error:
-        raise UsageError(
-            f"{folder} holds no comparison ({error.strerror}); make one with evaluate-policies"
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"the comparison in {folder} is damaged: {error!r}") from error
 
 
 def _seen(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Outlook, float]]:

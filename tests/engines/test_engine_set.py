@@ -10,7 +10,8 @@ import onnx
 import pytest
 
 from ditrim.engines.sets import engine_set as module
-from ditrim.engines.sets.engine_set import load_engine_set, rebuild_command
+from ditrim.engines.sets.command import options_in, rebuild_command
+from ditrim.engines.sets.engine_set import load_engine_set
 from ditrim.engines.sets.manifest import Manifest
 from ditrim.plugins.errors import EngineSetError
 
@@ -235,12 +236,14 @@ def test_unknown_backend_is_refused(engine_folder: Path) -> None:
 
 
 def test_rebuild_command_replaces_options_and_what_contradicts_them() -> None:
-    command = "build-engine --model qwen-edit --ladder 8,16 --config 'a=[1, 2]' --output old"
-    assert rebuild_command(command, Path("new dir"), max_reference_tokens=512) == (
+    options = options_in(
+        "build-engine --model qwen-edit --ladder 8,16 --config 'a=[1, 2]' --output old"
+    )
+    assert rebuild_command(options, Path("new dir"), max_reference_tokens=512) == (
         "build-engine --model qwen-edit --config 'a=[1, 2]' --max-reference-tokens 512 "
         "--output 'new dir'"
     )
-    assert rebuild_command(command, Path("x"), ladder=(4, 8), model=None) == (
+    assert rebuild_command(options, Path("x"), ladder=(4, 8), model=None) == (
         "build-engine --config 'a=[1, 2]' --ladder 4,8 --output x"
     )
 
@@ -327,7 +330,8 @@ def test_plan_that_is_no_file_of_the_set_is_refused(
 
 
 def test_rebuild_command_knows_options_without_a_value() -> None:
-    command = "build-engine --separate-anchor --model qwen-edit --graph-only --output old"
-    assert rebuild_command(command, Path("x"), graph_only=None) == (
+    options = options_in("build-engine --separate-anchor --model qwen-edit --graph-only --output x")
+    assert options["separate_anchor"] == ()
+    assert rebuild_command(options, Path("x"), graph_only=None) == (
         "build-engine --separate-anchor --model qwen-edit --output x"
     )

@@ -152,7 +152,7 @@ def test_a_weight_file_that_was_written_to_is_loaded_again(folder: Path) -> None
 
 def test_a_manifest_that_was_changed_in_memory_has_engines_of_its_own(folder: Path) -> None:
     first = load_engines(folder, device="cpu")
-    manifest = replace(first.engine_set.manifest, command="build-engine --preset small")
+    manifest = replace(first.engine_set.manifest, options={"preset": ("small",)})
     other = load_engines(EngineSet(folder=folder, manifest=manifest), device="cpu")
     assert other is not first
     assert other.engine_set.manifest == manifest

@@ -49,29 +49,39 @@ def test_other_format_version_names_both(text: str) -> None:
 
 
 def test_truncated_manifest_says_so(text: str) -> None:
-    with pytest.raises(EngineSetError, match=r"is not JSON .* truncated or damaged"):
+    with pytest.raises(EngineSetError, match=r"is truncated or not JSON"):
         Manifest.from_json(text[: len(text) // 2])
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"surprise": 1}, "unknown key 'surprise'"),
-        ({"num_layers": "60"}, "key 'num_layers' must be a whole number, not text"),
-        ({"num_layers": True}, "key 'num_layers' must be a whole number, not true or false"),
-        ({"front_depth": -1}, "key 'front_depth' is -1; it must be 0 or more"),
+        ({"surprise": 1}, "key 'surprise' is unknown"),
+        ({"num_layers": "60"}, "key 'num_layers' is '60'; it must be a valid integer"),
+        ({"num_layers": True}, "key 'num_layers' is True; it must be a valid integer"),
+        ({"front_depth": -1}, "key 'front_depth' is -1; it must be greater than or equal"),
         ({"precision": "int8"}, "key 'precision' is 'int8'; allowed: fp32, fp16, bf16"),
         ({"architecture": "unet"}, "key 'architecture' is 'unet'; allowed: qwen, flux"),
-        ({"graphs": {}}, "key 'graphs.front' is missing"),
+        ({"graphs": {}}, r"key 'graphs\.(front|back)' is missing"),
         ({"files": [{"path": "x"}]}, r"key 'files\[0\].num_bytes' is missing"),
-        ({"files": [3]}, r"key 'files\[0\]' must be an object, not a whole number"),
+        ({"files": [3]}, r"key 'files\[0\]' is 3; it must be an object"),
         ({"ladder": {"rungs": [4, 2], "granularity": 1}}, "key 'ladder': .* must increase"),
-        ({"ladder": {"rungs": [4]}}, "key 'ladder.granularity' is missing"),
+        ({"ladder": {"granularity": 4}}, "key 'ladder.rungs' is missing"),
         ({"limits": {"batch": 0, "noisy": 1, "text": 1}}, "key 'limits.batch' is 0"),
-        ({"representative_layers": ["a"]}, r"key 'representative_layers\[0\]' must be a whole"),
-        ({"command": None}, "key 'command' must be text, not null"),
-        ({"plans": []}, "key 'plans' must be an object, not a list"),
-        ({"plans": {"middle": {}}}, r"unknown key 'plans\.middle'"),
+        (
+            {"representative_layers": ["a"]},
+            r"key 'representative_layers\[0\]' is 'a'; it must be a valid",
+        ),
+        (
+            {"transformer_config": {"num_attention_heads": -1}},
+            "key 'transformer_config': num_attention_heads is -1; it must be a whole number, 1 or",
+        ),
+        ({"transformer_config": {"num_layers": "60"}}, "'transformer_config': num_layers is '60'"),
+        ({"options": None}, "key 'options' is None; it must be an object"),
+        ({"options": {"layers": "35"}}, "key 'options.layers' is '35'; it must be a valid array"),
+        ({"command": "build-engine"}, "key 'command' is unknown"),
+        ({"plans": []}, r"key 'plans' is \[\]; it must be an object"),
+        ({"plans": {"middle": 3}}, r"key 'plans\.middle' is 3; it must be an object"),
         ({"target": {"gpu": None}}, r"key 'target\.compute_capabilities' is missing"),
     ],
 )
@@ -94,6 +104,30 @@ def test_missing_keys_are_named(text: str, key: str) -> None:
 def test_what_is_no_manifest_is_a_clear_error(text: str) -> None:
     with pytest.raises(EngineSetError, match=r"manifest\.json"):
         Manifest.from_json(text)
+
+
+def test_manifest_older_than_options_is_read_with_its_command_line(text: str) -> None:
+    content = json.loads(text)
+    del content["options"]
+    content["command"] = (
+        "build-engine --model qwen-edit --ladder 8,16 --config 'a=[1, 2]' --config b=1 "
+        "--separate-anchor --output 'old folder'"
+    )
+    manifest = Manifest.from_json(sealed(content))
+    assert manifest.command == content["command"]
+    assert manifest.options["config"] == ("a=[1, 2]", "b=1")
+    again = Manifest.from_json(manifest.to_json())
+    assert again == manifest
+    with pytest.raises(EngineSetError, match="was edited after the build"):
+        Manifest.from_json(sealed(content).replace("old folder", "my folder"))
+
+
+@pytest.mark.parametrize("command", [None, 3, "", "rm -rf /", "build-engine --output 'x"])
+def test_what_is_no_command_line_of_an_older_manifest_is_named(text: str, command: object) -> None:
+    content = json.loads(text)
+    del content["options"]
+    with pytest.raises(EngineSetError, match=r"manifest\.json: key 'command'"):
+        Manifest.from_json(sealed(content | {"command": command}))
 
 
 def with_layer_scores(content: dict[str, Any], shape: list[Any]) -> dict[str, Any]:
@@ -123,7 +157,11 @@ def test_detailed_layers_survive_a_round_trip(text: str) -> None:
         ([10], None, "'detailed_layers' names 1 layers, which does not fit the outputs of"),
         ([10], ["batch", 2, 3, "reference"], "'detailed_layers' names 1 layers"),
         ([], ["batch", 2, 3, "reference"], "'detailed_layers' names 0 layers"),
-        ([True], ["batch", 1, 3, "reference"], r"'detailed_layers\[0\]' must be a whole number"),
+        (
+            [True],
+            ["batch", 1, 3, "reference"],
+            r"'detailed_layers\[0\]' is True; it must be a valid",
+        ),
     ],
 )
 def test_detailed_layers_that_do_not_fit_the_graph_are_named(
@@ -176,14 +214,17 @@ def test_plans_and_target_survive_a_round_trip(text: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"profiles": []}, r"key 'plans\.back\.profiles' is empty"),
-        ({"device_memory_bytes": [1, 2]}, r"device_memory_bytes' has 2 entries for 1 profiles"),
-        ({"inputs": []}, r"profiles\[0\]\.rows' does not fit the plan's inputs"),
+        ({"profiles": []}, r"key 'plans\.back\.profiles' is \[\]; .* at least 1 item"),
+        (
+            {"device_memory_bytes": [1, 2]},
+            r"key 'plans.back': device_memory_bytes has 2 entries for 1 profiles",
+        ),
+        ({"inputs": []}, r"key 'plans\.back': the rows of its profiles do not fit its inputs"),
         (
             {"outputs": [{"name": "x", "dtype": "float32", "shape": ["depth"]}]},
-            r"'plans\.back\.inputs' names the axis 'depth'; allowed: batch, noisy, reference, text",
+            r"key 'plans\.back': it has the axis 'depth'; allowed: batch, noisy, reference",
         ),
-        ({"surprise": 1}, r"unknown key 'plans\.back\.surprise'"),
+        ({"surprise": 1}, r"key 'plans\.back\.surprise' is unknown"),
     ],
 )
 def test_wrong_plans_are_named(text: str, change: dict[str, Any], message: str) -> None:
@@ -204,7 +245,10 @@ def test_profile_range_that_contradicts_itself_is_named(text: str) -> None:
         Manifest.from_json(sealed(content))
 
 
-def test_one_plan_alone_is_no_set(text: str) -> None:
+def test_plans_of_other_roles_or_one_alone_are_no_set(text: str) -> None:
     content = json.loads(text) | {"plans": {"back": plan_content()}, "target": TARGET}
     with pytest.raises(EngineSetError, match=r"key 'plans\.front' is missing"):
+        Manifest.from_json(sealed(content))
+    content["plans"] |= {"front": plan_content(), "middle": plan_content()}
+    with pytest.raises(EngineSetError, match=r"key 'plans\.middle' is unknown"):
         Manifest.from_json(sealed(content))

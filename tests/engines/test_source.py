@@ -122,7 +122,7 @@ def test_preset_takes_its_own_calibration(
     assert (split.front_depth, split.representative_layers) == (2, (2,))
     assert split.layers_source == "measured by calibrate-layers on these weights"
     calibration.write_text("{}")
-    with pytest.raises(CheckpointError, match=r"calibration\.json is damaged .*front_depth"):
+    with pytest.raises(CheckpointError, match=r"calibration\.json: key 'front_depth' is missing"):
         find_source(options)
 
 
@@ -191,7 +191,7 @@ def test_damaged_calibration_of_the_preset_names_the_file(
     shutil.copytree(pipeline_folder / "transformer", tmp_path / "transformer")
     monkeypatch.setattr(module, "small_editor_folder", lambda: tmp_path)
     (tmp_path / "calibration.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"calibration\.json is damaged .* install the"):
+    with pytest.raises(CheckpointError, match=r"calibration\.json: .*; install the"):
         find_source(BuildOptions(preset="small"))
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from ditrim.engines.backends.tensorrt import library as module
 from ditrim.engines.backends.tensorrt.library import Gpu, Library, check_target, version_numbers
+from ditrim.engines.sets.command import options_in
 from ditrim.engines.sets.engine_set import read_manifest
 from ditrim.engines.sets.manifest import Manifest, PlanSpec
 from ditrim.engines.sets.profiles import AxisRange, ProfileSpec
@@ -100,7 +101,7 @@ def test_machine_without_a_gpu_is_named(manifest: Manifest) -> None:
 
 def test_set_of_graphs_only_says_how_to_build_the_plans(manifest: Manifest) -> None:
     command = "build-engine --model qwen-edit --backend tensorrt --graph-only --output x"
-    graphs = replace(manifest, plans={}, target={}, command=command)
+    graphs = replace(manifest, plans={}, target={}, options=options_in(command))
     with pytest.raises(EngineSetError, match=r"holds graphs only") as raised:
         check_target(graphs, gpu=ADA)
     assert "build-engine --model qwen-edit --backend tensorrt --output x --force" in str(

@@ -240,17 +240,17 @@ def test_impossible_options_are_named(values: dict[str, Any], message: str) -> N
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "holds no quality prediction that can be used"),
-        ("{}", "format"),
-        ('{"format": "other"}', "its format is 'other', expected 'ditrim-quality-1'"),
+        ("", "it is truncated or not JSON .*; make one with calibrate-auto"),
+        ("{}", "it is no quality prediction; make one"),
+        ('{"format": "other"}', "it is no quality prediction"),
         (
             '{"format": "ditrim-quality-1", "methods": {}, "model": "m", "engine_identity": "i"}',
-            "it holds no method",
+            "key 'methods' is {}; Dictionary should have at least 1",
         ),
         (
             '{"format": "ditrim-quality-1", "model": "m", "engine_identity": "i", "methods": '
             '{"coverage": {"coefficients": [1, NaN, 0, 0], "residual_db": 1, "num_runs": 20}}}',
-            "four finite coefficients",
+            "NaN is no number",
         ),
     ],
 )

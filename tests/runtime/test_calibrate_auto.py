@@ -32,9 +32,11 @@ def write_comparison(folder: Path, num_rows: int = 60) -> Path:
     rows.append({"policy": "full context", "psnr_db": 100.0})
     full = {"chosen": "full", "candidates": []}
     rows.append({"policy": "a", "psnr_db": 100.0, "policy_notes": full})
+    rows = [{"edit": f"e{index}", "seed": 0, **row} for index, row in enumerate(rows)]
     (folder / "runs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"cut')
-    fixed = {"model": "qwen-edit", "engine": "f" * 64}
-    (folder / "comparison.json").write_text(json.dumps({"fixed": fixed}))
+    settings: dict[str, Any] = {"fixed": {"model": "qwen-edit", "engine": "f" * 64}}
+    settings |= {"format_version": 1, "edits": [], "seeds": [0], "policies": [], "sessions": []}
+    (folder / "comparison.json").write_text(json.dumps(settings))
     return folder
 
 
@@ -65,9 +67,9 @@ def test_what_is_fitted_predicts_and_serves_auto(
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        ("missing", "holds no comparison (No such file or directory); make one with evaluate-pol"),
-        ("settings", "is damaged: KeyError('fixed')"),
-        ("rows", "is damaged: JSONDecodeError"),
+        ("missing", "cannot be read: No such file or directory; make one with evaluate-policies"),
+        ("settings", "it is of format version None"),
+        ("rows", "runs.jsonl, line 1 is damaged (JSONDecodeError"),
         ("none", "has no runs that auto served with coverage; calibrate-auto --help shows"),
         ("few", "4 runs of coverage do not tell how quality depends on what is kept"),
         ("output", "the folder"),
@@ -84,7 +86,9 @@ def test_what_cannot_be_fitted_is_refused(
     if harm == "rows":
         (folder / "runs.jsonl").write_text("not json\n{}\n")
     if harm == "none":
-        (folder / "runs.jsonl").write_text('{"policy": "topi", "psnr_db": 30.0}\n')
+        (folder / "runs.jsonl").write_text(
+            '{"edit": "e", "seed": 0, "policy": "topi", "psnr_db": 30.0}\n'
+        )
     if harm == "output":
         output = tmp_path / "no" / "auto.json"
     code, content = run(capfd, "--comparison", folder, "--output", output)

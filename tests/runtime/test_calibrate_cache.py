@@ -141,7 +141,7 @@ def test_caches_are_read_as_they_are_typed(tiny_engine_sets: Any, tmp_path: Path
         (str(path), "a step cache is a threshold, as 0.08, or a file of calibrate-cache"),
         ("", "got ''"),
         ("0", "threshold must be a number above 0"),
-        ("none.json:0.1", "there is no cache calibration none.json"),
+        ("none.json:0.1", "cache calibration none.json cannot be read: No such file"),
     ):
         with pytest.raises(UsageError, match=message):
             step_cache_from(text, engine_set)
@@ -169,13 +169,13 @@ def test_damaged_files_are_refused(tiny_engine_sets: Any, tmp_path: Path) -> Non
     text = calibration_of(manifest).to_json()
     content = json.loads(text)
     for damaged, message in (
-        (text[: len(text) // 2], "it is truncated or damaged"),
-        ("", "it is truncated or damaged"),
+        (text[: len(text) // 2], "it is truncated or not JSON"),
+        ("", "it is truncated or not JSON"),
         ("[1, 2]", "it is no file of calibrate-cache"),
         (json.dumps(content | {"kind": "other"}), "it is no file of calibrate-cache"),
         (json.dumps(content | {"format_version": 9}), "it is of format version 9"),
         (json.dumps(content | {"num_steps": 5}), "its content does not match its sha256"),
-        (text.replace('"seed": 0', '"seed": NaN'), "a number that JSON does not have"),
+        (text.replace('"seed": 0', '"seed": NaN'), "NaN is no number"),
     ):
         path.write_text(damaged)
         with pytest.raises(UsageError, match=message) as caught:
@@ -183,9 +183,9 @@ def test_damaged_files_are_refused(tiny_engine_sets: Any, tmp_path: Path) -> Non
         assert str(path) in str(caught.value)
         assert "calibrate-cache" in str(caught.value)
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UsageError, match="it is not text"):
+    with pytest.raises(UsageError, match="it is no text"):
         load_calibration(path)
-    with pytest.raises(UsageError, match="there is no cache calibration"):
+    with pytest.raises(UsageError, match=r"cannot be read: No such .*; make one with calibrate-c"):
         load_calibration(tmp_path / "none.json")
     with pytest.raises(UsageError, match="cannot be read"):
         load_calibration(tmp_path)
@@ -196,11 +196,14 @@ def test_sealed_nonsense_is_refused(tiny_engine_sets: Any) -> None:
     manifest = load_engine_set(tiny_engine_sets("qwen-edit")).manifest
     good = calibration_of(manifest)
     for changes, message in (
-        ({"tokens": "all"}, "tokens is 'all'"),
-        ({"num_steps": 0}, "num_steps is 0"),
-        ({"front_depth": True}, "front_depth is True"),
+        ({"tokens": "all"}, "key 'tokens' is 'all'; it must be 'noisy'"),
+        ({"num_steps": 0}, "key 'num_steps' is 0; it must be greater than"),
+        ({"front_depth": True}, "key 'front_depth' is True; it must be a valid integer"),
         ({"fit": replace(good.fit, coefficients=())}, "coefficients must be a tuple"),
-        ({"points": (SimpleNamespace(step=1, front="x", velocity=0.0),)}, "could not convert"),
+        (
+            {"points": (SimpleNamespace(step=1, front="x", velocity=0.0),)},
+            r"key 'points\[0\]\[1\]' is 'x'; it must be a valid",
+        ),
     ):
         with pytest.raises(UsageError, match=message):
             CacheCalibration.from_json(replace(good, **changes).to_json())

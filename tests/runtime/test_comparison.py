@@ -407,10 +407,13 @@ def test_folder_of_another_kind_or_in_use_is_refused(tmp_path: Path) -> None:
         ):
             pass
     (used / "comparison.json").write_text("{")
-    with pytest.raises(DitrimError, match="is damaged"), open_folder(used, settings()):
+    with pytest.raises(DitrimError, match="it is truncated or not"), open_folder(used, settings()):
         pass
     (used / "comparison.json").write_text('{"format_version": 0}')
-    with pytest.raises(UsageError, match="made by another version"), open_folder(used, settings()):
+    with (
+        pytest.raises(UsageError, match="it is of format version 0; this version"),
+        open_folder(used, settings()),
+    ):
         pass
 
 

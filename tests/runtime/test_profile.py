@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from made_up_profile import (
     ANCHOR,
@@ -329,56 +329,75 @@ def _edited(change: Callable[[dict[str, Any]], Any]) -> str:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "is truncated or no JSON"),
-        (made_up().to_json()[:-200], "is truncated or no JSON"),
-        ("[]", "is no profile of profile-latency"),
-        ('{"format": "other"}', "is no profile of profile-latency"),
-        ("null", "is no profile of profile-latency"),
-        ('"profile"', "is no profile of profile-latency"),
-        ("[" * 5000, "is truncated or no JSON"),
-        (_edited(lambda c: c.update(version=1)), "of version 1, this program reads version 2"),
-        (_edited(lambda c: c.update(version=None)), "of version None, this program reads"),
-        (_edited(lambda c: c.pop("engine")), "is damaged: 'engine' is missing"),
-        (_edited(lambda c: c["rows"].clear()), "it has no rows"),
+        ("", "it is truncated or not JSON"),
+        (made_up().to_json()[:-200], "it is truncated or not JSON"),
+        ("[]", "it is no profile of profile-latency"),
+        ('{"format": "other"}', "it is no profile of profile-latency"),
+        ("null", "it is no profile of profile-latency"),
+        ('"profile"', "it is no profile of profile-latency"),
+        ("[" * 5000, "it is truncated or not JSON"),
+        (_edited(lambda c: c.update(version=1)), "of format version 1; this version of"),
+        (_edited(lambda c: c.update(version=None)), "it is of format version None; this"),
+        (_edited(lambda c: c.pop("engine")), "key 'engine' is missing"),
+        (_edited(lambda c: c["rows"].clear()), "key 'rows' is []; Tuple should have at least 1"),
         (_edited(lambda c: c["rows"][0].update(part="tail")), "the part 'tail'"),
         (_edited(lambda c: c["rows"][0].update(batch=-1)), "batch is -1"),
         (_edited(lambda c: c["rows"][0].update(samples_ms=[0.0])), "no time above 0"),
-        (_edited(lambda c: c["rows"][0].update(samples_ms=["1"])), "no time above 0"),
-        (_edited(lambda c: c["rows"][0].update(extra=1)), "unknown key 'extra'"),
+        (_edited(lambda c: c["rows"][0].update(samples_ms=["1"])), "is '1'; it must be a valid"),
+        (_edited(lambda c: c["rows"][0].update(extra=1)), "key 'rows[0].extra' is unknown"),
         (_edited(lambda c: c["rows"].pop(0)), "front of the size (1, 64, 16, 64) is missing"),
         (_edited(lambda c: c["rows"].pop(1)), "anchor of the size (1, 64, 16, 64) is missing"),
         (_edited(lambda c: c["rows"].pop(4)), "back over all references of the size"),
-        (_edited(lambda c: c.update(rows={})), "rows is {}"),
+        (_edited(lambda c: c.update(rows={})), "key 'rows' is {}; it must be a valid array"),
         (_edited(lambda c: c["rows"].append(c["rows"][0])), "is there twice"),
-        (_edited(lambda c: c["rows"].append(3)), "a row is 3"),
+        (_edited(lambda c: c["rows"].append(3)), "key 'rows[11]' is 3; it must be an object"),
         (_edited(lambda c: c["rows"][0]["samples_ms"].pop()), "has 10 samples of 11 rounds"),
         (_edited(lambda c: c["rows"][0]["samples_ms"].append(-1.0)), "no time above 0"),
         (_edited(lambda c: c["rows"][0].update(samples_ms=[math.nan] * 11)), "NaN is no number"),
-        (_edited(lambda c: c["rows"][0].update(samples_ms=7)), "is damaged"),
+        (_edited(lambda c: c["rows"][0].update(samples_ms=7)), "is 7; it must be a valid array"),
         (_edited(lambda c: c["rows"][0].update(num_kept=65)), "a row kept 65 of 64 tokens"),
-        (_edited(lambda c: c["rows"][0].update(memory_bytes="much")), "memory_bytes is 'much'"),
+        (_edited(lambda c: c["rows"][0].update(memory_bytes="much")), "is 'much'; it must"),
         (_edited(lambda c: c["rows"][0].update(warmup_ms=[0])), "no time above 0"),
         (_edited(lambda c: c["engine"].update(front_depth=4)), "engine.front_depth is 4 of 4"),
         (_edited(lambda c: c["engine"].update(num_layers=10**9)), "engine.front_depth is 1 of"),
-        (_edited(lambda c: c["engine"]["config"].update(attention_head_dim=0)), "no transformer's"),
-        (_edited(lambda c: c["engine"].update(architecture="sd3")), "'sd3' is missing"),
-        (_edited(lambda c: c["machine"].update(cores=True)), "machine.cores is True"),
-        (_edited(lambda c: c["machine"].pop("versions")), "'versions' is missing"),
+        (_edited(lambda c: c["engine"].update(num_scored=4)), "engine.num_scored is 4, more than"),
+        (_edited(lambda c: c["engine"].update(architecture="sd3")), "'sd3'; it must be qwen or"),
+        (_edited(lambda c: c["machine"].update(cores=True)), "'machine.cores' is True; it must"),
+        (_edited(lambda c: c["machine"].pop("versions")), "key 'machine.versions' is missing"),
         (_edited(lambda c: c["settings"].update(max_noise=math.inf)), "Infinity is no number"),
         (made_up().to_json().replace('"before": 3.5', '"before": 1e999'), "1e999 is no number"),
-        (_edited(lambda c: c["settings"].update(max_noise=0)), "settings.max_noise is 0"),
-        (_edited(lambda c: c.update(settings=[])), "settings is []"),
-        (_edited(lambda c: c["engine"].update(config=3)), "engine.config is 3"),
-        (_edited(lambda c: c["peak"].pop("source")), "is damaged"),
-        (_edited(lambda c: c["peak"].update(gb_s="fast")), "peak.gb_s is 'fast'"),
-        (_edited(lambda c: c["machine"].update(load=3)), "machine.load is 3"),
-        (_edited(lambda c: c["settings"].update(max_noise=-1)), "settings.max_noise is -1"),
+        (_edited(lambda c: c["settings"].update(max_noise=0)), "max_noise' is 0; it must"),
+        (_edited(lambda c: c.update(settings=[])), "key 'settings' is []; it must be an object"),
+        (_edited(lambda c: c["engine"].update(config=3)), "key 'engine.config' is 3; it must be"),
+        (_edited(lambda c: c["peak"].pop("source")), "key 'peak.source' is missing"),
+        (_edited(lambda c: c["peak"].update(gb_s="fast")), "gb_s' is 'fast'; it must be a valid"),
+        (_edited(lambda c: c["machine"].update(load=3)), "key 'machine.load' is 3; it must be"),
+        (_edited(lambda c: c["settings"].update(max_noise=-1)), "max_noise' is -1; it must"),
     ],
 )  # fmt: skip
 def test_damaged_profile_is_refused(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "profile.json"
     file.write_text(text)
     with pytest.raises(UsageError, match=re.escape(message)):
+        load_profile(file)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("attention_head_dim", 0, "is 0; it must be a whole number, 1 or more"),
+        ("num_attention_heads", -1, "is -1; it must be a whole number, 1 or more"),
+        ("num_layers", 1.5, "is 1.5; it must be a whole number, 0 or more"),
+        ("patch_size", True, "is True; it must be a whole number, 1 or more"),
+        ("in_channels", None, "is None; it must be a whole number, 1 or more"),
+    ],
+)
+def test_a_size_of_the_transformer_that_cannot_be_is_named(
+    tmp_path: Path, key: str, value: object, message: str
+) -> None:
+    file = tmp_path / "profile.json"
+    file.write_text(_edited(lambda content: content["engine"]["config"].update({key: value})))
+    with pytest.raises(UsageError, match=rf"profile\.json: key 'engine\.config': {key} {message}"):
         load_profile(file)
 
 
@@ -398,6 +417,7 @@ _PLACES = [path for path in _leaves(_MADE_UP) if path and path[0] != "statistics
     st.sampled_from(_PLACES),
     st.sampled_from([None, "x", -1, 0, 1.5, math.nan, math.inf, [], {}, True, 10**30, "gone"]),
 )
+@example(("engine", "config", "num_attention_heads"), -1)
 @settings(max_examples=100, deadline=None)
 def test_a_file_changed_anywhere_is_refused_or_worked_with(
     path: tuple[Any, ...], value: object
@@ -437,7 +457,7 @@ def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be read: Is a directory"):
         load_profile(tmp_path)
     (tmp_path / "picture.png").write_bytes(b"\x89PNG\r\n\xff\xfe")
-    with pytest.raises(UsageError, match=r"is no text: give a profile\.json"):
+    with pytest.raises(UsageError, match=r"it is no text; give a profile\.json"):
         load_profile(tmp_path / "picture.png")
     with pytest.raises(UsageError, match="cannot be read: Not a directory"):
         load_profile(tmp_path / "picture.png" / "profile.json")
@@ -571,12 +591,12 @@ def test_a_grid_holds_its_tokens(count: int) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"role": "rest"}, "a step has the role 'rest'"),
-        ({"num_kept": 0}, "a step kept 0 of 8 tokens"),
+        ({"role": "rest"}, r"run\.steps\[0\]\.role' is 'rest'; it must be 'full', 'anchor'"),
+        ({"num_kept": 0}, r"run\.steps\[0\]\.num_kept' is 0; it must be greater than"),
         ({"num_kept": 9}, "a step kept 9 of 8 tokens"),
-        ({"num_reference": "many"}, "is no report of edit-image"),
-        ({"num_reference": math.inf}, "is no report of edit-image"),
-        ({"num_kept": None}, "is no report of edit-image"),
+        ({"num_reference": "many"}, "num_reference' is 'many'; it must be a valid integer"),
+        ({"num_reference": math.inf}, "Infinity is no number"),
+        ({"num_kept": None}, "num_kept' is None; it must be a valid integer"),
     ],
 )
 def test_report_with_an_impossible_step_is_refused(
@@ -600,7 +620,7 @@ def test_report_with_an_impossible_step_is_refused(
 def test_a_file_that_is_no_report_is_refused(tmp_path: Path, text: str) -> None:
     file = tmp_path / "report.json"
     file.write_text(text)
-    with pytest.raises(UsageError, match=r"is no report of edit-image|it has no steps"):
+    with pytest.raises(UsageError, match=r"report\.json: .*; give a file that edit-image"):
         load_report(file)
     with pytest.raises(UsageError, match="cannot be read: Is a directory"):
         load_report(tmp_path)

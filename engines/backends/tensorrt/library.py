@@ -254,16 +254,15 @@ def check_target(
     Raises:
         EngineSetError: says what differs and how to build the set again.
     """
-    from ditrim.engines.sets.engine_set import rebuild_command
+    from ditrim.engines.sets.command import rebuild_command
 
     target = manifest.target
-    command = manifest.command if folder is None else rebuild_command(manifest.command, folder)
-    again = f"Build it again here with: {command} --force"
+    again = f"Build it again here with: {rebuild_command(manifest.options, folder)} --force"
     what = f"this engine set of {manifest.backend} {manifest.backend_version}".rstrip()
     if not manifest.plans:
         raise EngineSetError(
             f"{what} holds graphs only (--graph-only) and cannot run. Build its plans with: "
-            f"{' '.join(part for part in command.split(' ') if part != '--graph-only')} --force"
+            f"{rebuild_command(manifest.options, folder, graph_only=None)} --force"
         )
     library = open_library(manifest.backend)
     if version_numbers(library.version) != version_numbers(manifest.backend_version):
