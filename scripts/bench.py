@@ -38,8 +38,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_cases import SCENE_REFERENCES, Case, our_schedules, small_case, wide_case
-from bench_measure import (
+
+from benchmarks.cases import SCENE_REFERENCES, Case, our_schedules, small_case, wide_case
+from benchmarks.measure import (
     COMPILED,
     EAGER,
     ONE_GRAPH,
@@ -48,9 +49,9 @@ from bench_measure import (
     measure_edits,
     measure_steps,
 )
-from bench_others import OTHERS, other_ways
-from bench_tables import document_text, print_tables, replace_section
-
+from benchmarks.others import OTHERS, other_ways
+from benchmarks.speed_tables import document_text, tables
+from benchmarks.tables import replace_section, show
 from ditrim.engines.cost.flops import CallSize
 from ditrim.runtime.profiling.machine import clocks, describe_machine, load_average
 
@@ -296,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="ditrim-inductor-") as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
         result = run(arguments)
-    print_tables(result)
+    show(tables(result))
     if arguments.output:
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
