@@ -133,6 +133,25 @@ def resident_bytes() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def memory_of_process() -> dict[str, int]:
+    """The memory of this process in bytes.
+
+    Returns:
+        "rss": resident; "of_files": of mapped files in it; "pss": its share of pages; "private":
+        pages that only it has; "peak": see `peak_bytes`.
+    """
+    import psutil
+
+    memory = psutil.Process().memory_full_info()
+    return {
+        "rss": memory.rss,
+        "of_files": memory.shared,
+        "pss": memory.pss,
+        "private": memory.uss,
+        "peak": peak_bytes() or 0,
+    }
+
+
 def begin_peak(device: torch.device | None = None) -> None:
     """Begin a new peak of memory; see `peak_bytes`."""
     if device is not None and device.type == "cuda":

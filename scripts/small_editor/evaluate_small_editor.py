@@ -7,7 +7,7 @@ the difference to random dropping is paired, with a 95 % bootstrap interval, by 
 equal to the full-context one counts as 100 dB. `evaluate-policies` compares any policies and more.
 
 Example:
-    python scripts/evaluate_small_editor.py --engine engines-out/small --edits 64
+    python scripts/small_editor/evaluate_small_editor.py --engine engines-out/small --edits 64
 """
 
 from __future__ import annotations

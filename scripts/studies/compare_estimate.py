@@ -14,7 +14,7 @@ own:
 Error is estimated over measured, less 1, in percent. Nothing is timed.
 
 Example:
-    python scripts/compare_estimate.py --cases rtx-qwen-1024 ort-qwen-1024
+    python scripts/studies/compare_estimate.py --cases rtx-qwen-1024 ort-qwen-1024
 """
 
 from __future__ import annotations
@@ -29,8 +29,14 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
+
+from ditrim.runtime.profiling.machine import (
+    begin_peak,
+    describe_machine,
+    peak_bytes,
+    resident_bytes,
+)
 
 _NARROW = {"num_attention_heads": 8, "attention_head_dim": 128, "joint_attention_dim": 512}
 _TINY = {**_NARROW, "num_attention_heads": 2}
@@ -165,17 +171,18 @@ def children_watched() -> Iterator[dict[int, int]]:
 
     Read off each one's own status: `getrusage` counts what its parent had when it was started.
     """
+    import psutil
+
     peaks: dict[int, int] = {}
     is_over = threading.Event()
+    parent = psutil.Process()
 
     def watch() -> None:
         while not is_over.wait(0.02):
-            for path in Path("/proc/self/task").glob("*/children"):
-                with suppress(OSError):
-                    for child in path.read_text(encoding="utf-8").split():
-                        command = Path(f"/proc/{child}/cmdline").read_bytes()
-                        if b"tensorrt.worker" in command:
-                            peaks[int(child)] = _status("VmHWM", child)
+            with suppress(psutil.Error, OSError):  # a child that has just ended
+                for child in parent.children():
+                    if any("tensorrt.worker" in word for word in child.cmdline()):
+                        peaks[child.pid] = peak_bytes(process=child.pid) or peaks.get(child.pid, 0)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -184,13 +191,6 @@ def children_watched() -> Iterator[dict[int, int]]:
     finally:
         is_over.set()
         thread.join()
-
-
-def _status(key: str, process: str = "self") -> int:
-    """A size in `/proc/<process>/status`, in bytes."""
-    text = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
-    found = text.partition(f"{key}:")[2].split()
-    return int(found[0]) * 1024 if found else 0
 
 
 def _sizes(options: Any) -> Iterator[dict[str, int]]:
@@ -228,10 +228,10 @@ def run_graph(path: str, sizes: dict[str, int]) -> dict[str, int]:
 
     session.run(None, inputs(dict.fromkeys(sizes, 1)))
     feed = inputs(sizes)
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    before = resident_bytes()
+    begin_peak()
     session.run(None, feed)
-    return {"bytes": _status("VmHWM") - before}
+    return {"bytes": (peak_bytes() or 0) - before}
 
 
 def estimate_case(name: str) -> dict[str, Any]:
@@ -392,7 +392,11 @@ def main() -> None:
             new = list(companion_rows(side))
             _show(new)
             rows += new
-    print(json.dumps({"command": "compare_estimate", "versions": _versions(), "rows": rows}))
+    print(
+        json.dumps(
+            {"command": "compare_estimate", "machine": describe_machine(None, 0), "rows": rows}
+        )
+    )
 
 
 def _show(rows: list[dict[str, Any]]) -> None:
@@ -402,18 +406,6 @@ def _show(rows: list[dict[str, Any]]) -> None:
             f"{row['measured_bytes']:>15,} {row['error_percent']:>7.1f} %\n"
         )
     sys.stderr.flush()
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in ("torch", "diffusers", "onnxruntime", "tensorrt-rtx"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 if __name__ == "__main__":
