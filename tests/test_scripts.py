@@ -351,6 +351,7 @@ def test_committed_tables_are_those_of_the_committed_figures(bench: ModuleType) 
     page = (folder / "performance.md").read_text()
     section = page.split("<!-- bench: begin -->")[1].split("<!-- bench: end -->")[0]
     assert section.strip() == speed_tables.document_text(result)
+    assert bench.judge(result["cases"]) == result["bounds"]
 
 
 def test_committed_tables_of_methods_are_those_of_the_committed_figures(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import random
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -42,9 +41,8 @@ class Progress:
         from rich.console import Console
         from rich.progress import Progress as Bar
 
-        self._console = Console(stderr=True)
-        self._bar = Bar(console=self._console, transient=True, disable=not sys.stderr.isatty())
-        self._task: Any = None
+        console = Console(stderr=True)
+        self._bar = Bar(console=console, transient=True, disable=not console.is_terminal)
 
     def __enter__(self) -> Progress:
         self._bar.start()
@@ -53,20 +51,16 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def say(self, text: str) -> None:
-        """What is being done."""
-        self._console.print(text, highlight=False)
-
-    def begin(self, text: str, total: int) -> None:
+    def begin(self, text: str, total: int | None = None) -> None:
         """A new stage."""
-        self.say(text)
-        if self._task is not None:
-            self._bar.remove_task(self._task)
-        self._task = self._bar.add_task(text, total=total)
+        self._bar.console.print(text, highlight=False)
+        for task in self._bar.task_ids:
+            self._bar.remove_task(task)
+        self._bar.add_task(text, total=total)
 
     def advance(self) -> None:
         """One more thing done."""
-        self._bar.advance(self._task)
+        self._bar.advance(self._bar.task_ids[-1])
 
 
 def fixed_count(count: int) -> ToPi:

@@ -118,17 +118,11 @@ def evaluate(
 
 def main() -> int:
     arguments = parse_arguments()
-    result = evaluate(
-        arguments.engine,
-        arguments.edits,
-        arguments.tau,
-        arguments.interval,
-        arguments.steps,
-        arguments.seed,
-        arguments.split,
-    )
-    if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    options = vars(arguments)
+    output = options.pop("output")
+    result = evaluate(**options)
+    if output:
+        output.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
     return 0
 

@@ -40,90 +40,28 @@ from ditrim.runtime.profiling.machine import (
 
 _NARROW = {"num_attention_heads": 8, "attention_head_dim": 128, "joint_attention_dim": 512}
 _TINY = {**_NARROW, "num_attention_heads": 2}
-_WIDE: dict[str, Any] = {}
-_RTX: dict[str, Any] = {"backend": "tensorrt-rtx", "precision": "bf16", "max_batch": 1}
-_REAL_LENGTHS: dict[str, Any] = {
-    "max_noisy_tokens": 4096,
-    "max_text_tokens": 512,
-    "ladder": (512, 4096),
-}
-_SHORT: dict[str, Any] = {"max_noisy_tokens": 1024, "max_text_tokens": 128}
+_RTX = {"backend": "tensorrt-rtx", "precision": "bf16", "max_batch": 1}
+_SHORT = {"max_noisy_tokens": 1024, "max_text_tokens": 128, "config": _NARROW}
+_REAL = {**_RTX, "max_noisy_tokens": 4096, "max_text_tokens": 512, "ladder": (512, 4096)}
+_NARROW_RTX = {**_RTX, **_SHORT, "num_layers": 3, "ladder": (512, 1024)}
+_ORT = {**_SHORT, "num_layers": 4, "front_depth": 2, "ladder": (128, 512, 1024), "max_batch": 1}
+_FLUX = {"model": "flux-kontext"}
 CASES: dict[str, dict[str, Any]] = {
-    "rtx-qwen-256": {
-        **_RTX,
-        **_SHORT,
-        "num_layers": 3,
-        "config": _TINY,
-        "ladder": (256, 512, 768, 1024),
-    },
-    "rtx-qwen-1024": {
-        **_RTX,
-        **_SHORT,
-        "num_layers": 3,
-        "config": _NARROW,
-        "ladder": (512, 1024),
-        "separate_anchor": True,
-    },
-    "rtx-qwen-3072": {**_RTX, **_REAL_LENGTHS, "num_layers": 3, "config": _WIDE},
-    "rtx-qwen-2511-3072": {
-        **_RTX,
-        **_REAL_LENGTHS,
-        "model": "qwen-edit-2511",
-        "num_layers": 2,
-        "config": _WIDE,
-    },
-    "rtx-flux-3072": {
-        **_RTX,
-        **_REAL_LENGTHS,
-        "model": "flux-kontext",
-        "num_layers": 3,
-        "config": _WIDE,
-    },
-    "rtx-qwen-1024-two-scored": {
-        **_RTX,
-        **_SHORT,
-        "num_layers": 4,
-        "layers": (2, 3),
-        "config": _NARROW,
-        "ladder": (512, 1024),
-    },
-    "rtx-flux-1024": {
-        **_RTX,
-        **_SHORT,
-        "model": "flux-kontext",
-        "num_layers": 3,
-        "config": _NARROW,
-        "ladder": (512, 1024),
-        "max_batch": 2,
-        "min_batch": 2,
-        "opt_batch": 2,
-    },
-    "ort-qwen-1024": {
-        **_SHORT,
-        "num_layers": 4,
-        "front_depth": 2,
-        "config": _NARROW,
-        "ladder": (128, 512, 1024),
-        "max_batch": 1,
-    },
+    "rtx-qwen-256": {**_NARROW_RTX, "config": _TINY, "ladder": (256, 512, 768, 1024)},
+    "rtx-qwen-1024": {**_NARROW_RTX, "separate_anchor": True},
+    "rtx-qwen-3072": {**_REAL, "num_layers": 3},
+    "rtx-qwen-2511-3072": {**_REAL, "model": "qwen-edit-2511", "num_layers": 2},
+    "rtx-flux-3072": {**_REAL, **_FLUX, "num_layers": 3},
+    "rtx-qwen-1024-two-scored": {**_NARROW_RTX, "num_layers": 4, "layers": (2, 3)},
+    "rtx-flux-1024": {**_NARROW_RTX, **_FLUX, "max_batch": 2, "min_batch": 2, "opt_batch": 2},
+    "ort-qwen-1024": _ORT,
     "ort-flux-1024": {
-        **_SHORT,
-        "model": "flux-kontext",
-        "num_layers": 4,
-        "front_depth": 2,
+        **_ORT,
+        **_FLUX,
         "layers": (3,),
         "config": {**_NARROW, "num_single_layers": 1, "num_layers": 3},
-        "ladder": (128, 512, 1024),
-        "max_batch": 1,
     },
-    "ort-qwen-1024-batch-2": {
-        **_SHORT,
-        "num_layers": 4,
-        "front_depth": 2,
-        "config": _NARROW,
-        "ladder": (512,),
-        "max_batch": 2,
-    },
+    "ort-qwen-1024-batch-2": {**_ORT, "ladder": (512,), "max_batch": 2},
 }
 
 
