@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-
 from ditrim.engines.cost.cost import Cost
 
 # Products of these sides are bound by operations on every CPU, and take some ten milliseconds.
@@ -16,6 +14,8 @@ PRODUCT_COST = Cost(flops=2 * PRODUCT_SIDE**3, activation_bytes=12 * PRODUCT_SID
 
 def plain_products(backend: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     """Plain float32 products by torch, and by ONNX Runtime where it runs the engine set."""
+    import torch
+
     shape = (PRODUCT_SIDE, PRODUCT_SIDE)
     left, right = torch.randn(shape), torch.randn(shape)
     yield "torch", lambda: torch.mm(left, right)
@@ -34,6 +34,7 @@ def onnxruntime_product(
         is_weight: the right operand is a weight, packed beforehand as an engine's are.
     """
     import onnxruntime as ort
+    import torch
     from onnx import TensorProto, helper, numpy_helper
 
     feed = {"left": torch.randn(left).numpy(), "right": torch.randn(right).numpy()}
