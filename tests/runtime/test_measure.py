@@ -56,7 +56,7 @@ def test_geometry_of_several_references_has_the_tokens_of_all() -> None:
     geometry = Geometry(
         batch=1, num_text=8, noisy_grid=(4, 4), reference_grid=(2, 3), num_references=3
     )
-    assert geometry.grids == ((4, 4), (2, 3), (2, 3), (2, 3))
+    assert geometry.layout.grids == ((4, 4), (2, 3), (2, 3), (2, 3))
     assert geometry.key == (1, 16, 8, 18)
 
 
