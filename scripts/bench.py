@@ -32,14 +32,15 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_cases import SCENE_REFERENCES, Case, our_schedules, small_case, wide_case
-from bench_measure import (
+
+from benchmarks.cases import SCENE_REFERENCES, Case, our_schedules, small_case, wide_case
+from benchmarks.measure import (
     COMPILED,
     EAGER,
     ONE_GRAPH,
@@ -48,9 +49,9 @@ from bench_measure import (
     measure_edits,
     measure_steps,
 )
-from bench_others import OTHERS, other_ways
-from bench_tables import document_text, print_tables, replace_section
-
+from benchmarks.others import OTHERS, other_ways
+from benchmarks.speed_tables import document_text, tables
+from benchmarks.tables import replace_section, show
 from ditrim.engines.cost.flops import CallSize
 from ditrim.runtime.profiling.machine import clocks, describe_machine, load_average
 
@@ -76,7 +77,7 @@ TINY = {
 
 def measure_case(case: Case, arguments: argparse.Namespace, progress: Progress) -> dict[str, Any]:
     """Everything about one model at one size."""
-    progress.say(f"{case.name}: making the other ways to run it")
+    progress.begin(f"{case.name}: making the other ways to run it")
     is_small = case.is_picture
     with tempfile.TemporaryDirectory(prefix="ditrim-bench-") as folder:
         ways = other_ways(case, arguments.ways, Path(folder), arguments.threads)
@@ -109,67 +110,68 @@ def measure_case(case: Case, arguments: argparse.Namespace, progress: Progress) 
 
 def judge(cases: dict[str, Any]) -> list[dict[str, Any]]:
     """The bounds, and what was measured; a value of none was not measured."""
-    bounds: list[dict[str, Any]] = []
-
-    def bound(case: str, text: str, found: dict[str, Any] | None, *, least: float | None = None,
-              most: float | None = None, of: str = "") -> None:  # fmt: skip
-        value = None if found is None else found["median"]
-        is_met = None
-        if value is not None:
-            is_met = value >= least if least is not None else value <= most  # type: ignore[operator]
-        bounds.append(
-            {
-                "case": case,
-                "bound": text,
-                "least": least,
-                "most": most,
-                "value": value,
-                "interval": None if found is None else [found["low"], found["high"]],
-                "of": of,
-                "is_met": is_met,
-            }
-        )
-
-    for name, case in cases.items():
-        by_way = {row["way"]: row["full_is_faster"] for row in case["steps"]}
-        outside = case["outside_engines"]
-        worst = max(outside, key=lambda way: outside[way]["median"])
-        text = "full step against ONNX Runtime, one graph"
-        bound(name, text, by_way.get(ONE_GRAPH), least=1.0)
-        if name != "wide":
-            text = "full step against diffusers eager"
-            bound(name, text, by_way.get(EAGER), least=1.5)
-            text = "time outside the engines, of a step"
-            bound(name, text, outside[worst], most=0.10, of=f"the worst: {worst}")
-            continue
-        row = min(case["rungs"], key=lambda row: row["of_predicted"]["median"])
-        text = "speed-up of reduced steps, of the predicted"
-        bound(name, text, row["of_predicted"], least=0.95, of=f"the worst: rung {row['rung']}")
-        products = case["products"]
-        bound(
-            name,
-            "full step's rate, of plain matrix products of the same shapes",
-            products["step_of_products"],
-            least=0.95,
-            of=f"the faster library: {products['fastest']}",
-        )
-        bound(name, "full step against diffusers eager", by_way.get(EAGER), least=1.0)
-        bound(name, "full step against torch.compile", by_way.get(COMPILED), least=1.0)
-        scoring = case["scoring"]
-        rung, share = next(iter(scoring["shares"].items()))
-        low, high = scoring["scoring_ms_interval"]
-        of_one_ms = share["scoring"] / scoring["scoring_ms"] if scoring["scoring_ms"] else 0.0
-        value = share["share"]
-        found = {
-            "median": value,
-            "low": round(value + (low - scoring["scoring_ms"]) * of_one_ms, 6),
-            "high": round(value + (high - scoring["scoring_ms"]) * of_one_ms, 6),
+    return [
+        {
+            "case": name,
+            "bound": text,
+            "least": least,
+            "most": most,
+            "value": found and found["median"],
+            "interval": found and [found["low"], found["high"]],
+            "of": of,
+            "is_met": found
+            and (found["median"] <= most if least is None else found["median"] >= least),
         }
-        text = "scoring, selection and gather, of a run of 40 steps at interval 10"
-        bound(name, text, found, most=0.005, of=f"{rung} tokens kept")
-        text = "time outside the engines, of a step"
-        bound(name, text, outside[worst], most=0.01, of=f"the worst: {worst}")
-    return bounds
+        for name, case in cases.items()
+        for text, found, least, most, of in (_wide if name == "wide" else _small)(case)
+    ]
+
+
+# (what is bound, what was measured, the least, the most, of which worst case it is)
+Bound = tuple[str, dict[str, Any] | None, float | None, float | None, str]
+
+
+def _against(case: dict[str, Any], way: str, title: str, least: float) -> Bound:
+    """The full step against another way."""
+    by_way = {row["way"]: row["full_is_faster"] for row in case["steps"]}
+    return f"full step against {title}", by_way.get(way), least, None, ""
+
+
+def _outside(case: dict[str, Any], most: float) -> Bound:
+    outside = case["outside_engines"]
+    worst = max(outside, key=lambda way: outside[way]["median"])
+    text = "time outside the engines, of a step"
+    return text, outside[worst], None, most, f"the worst: {worst}"
+
+
+def _small(case: dict[str, Any]) -> Iterator[Bound]:
+    yield _against(case, ONE_GRAPH, "ONNX Runtime, one graph", 1.0)
+    yield _against(case, EAGER, "diffusers eager", 1.5)
+    yield _outside(case, 0.10)
+
+
+def _wide(case: dict[str, Any]) -> Iterator[Bound]:
+    yield _against(case, ONE_GRAPH, "ONNX Runtime, one graph", 1.0)
+    row = min(case["rungs"], key=lambda row: row["of_predicted"]["median"])
+    text = "speed-up of reduced steps, of the predicted"
+    yield text, row["of_predicted"], 0.95, None, f"the worst: rung {row['rung']}"
+    products = case["products"]
+    text = "full step's rate, of plain matrix products of the same shapes"
+    of = f"the faster library: {products['fastest']}"
+    yield text, products["step_of_products"], 0.95, None, of
+    yield _against(case, EAGER, "diffusers eager", 1.0)
+    yield _against(case, COMPILED, "torch.compile", 1.0)
+    scoring = case["scoring"]
+    rung, share = next(iter(scoring["shares"].items()))
+    of_one_ms = share["scoring"] / scoring["scoring_ms"] if scoring["scoring_ms"] else 0.0
+    low, high = (
+        round(share["share"] + (bound - scoring["scoring_ms"]) * of_one_ms, 6)
+        for bound in scoring["scoring_ms_interval"]
+    )
+    text = "scoring, selection and gather, of a run of 40 steps at interval 10"
+    found = {"median": share["share"], "low": low, "high": high}
+    yield text, found, None, 0.005, f"{rung} tokens kept"
+    yield _outside(case, 0.01)
 
 
 def openmp() -> dict[str, Any]:
@@ -251,7 +253,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     start, cases, machine = time.monotonic(), {}, None
     with Progress() as progress:
         for name, make in makers.items():
-            progress.say(f"{name}: building or reusing the engine set")
+            progress.begin(f"{name}: building or reusing the engine set")
             case = make()
             machine = machine or describe_machine(case.engines, arguments.threads)
             cases[name] = measure_case(case, arguments, progress)
@@ -296,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="ditrim-inductor-") as folder:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
         result = run(arguments)
-    print_tables(result)
+    show(tables(result))
     if arguments.output:
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))

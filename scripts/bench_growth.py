@@ -36,8 +36,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-POINTS = Path(__file__).resolve().parent / "growth_points.py"
-GIB = 1 << 30
+from benchmarks.growth_tables import FORMAT, VERSION, draw, sections, summary
+from benchmarks.tables import machine_text, markdown, size_text
+
 FULL: dict[str, Any] = {
     "config": {"num_attention_heads": 8, "attention_head_dim": 128, "joint_attention_dim": 512},
     "wide_config": {"joint_attention_dim": 512},
@@ -55,6 +56,8 @@ FULL: dict[str, Any] = {
     "marks": (20, 100, 200, 400, 600, 800, 1000),
     "requests": (20, 50, 100, 150, 200, 250, 300),
     "rungs": (1, 2, 4, 8, 16),
+    "counts": (1, 2, 3, 4),
+    "width": 3072,
 }
 # Everything that is done, on a model and at lengths that say nothing about growth.
 _TINY_CONFIG = {
@@ -82,31 +85,87 @@ QUICK: dict[str, Any] = {
     "marks": (20, 40),
     "requests": (4, 8),
     "rungs": (1, 4),
+    "counts": (1, 2, 3, 4),
+    "width": 48,
 }
-CALL_AXES = ("both", "noisy", "reference", "text", "batch", "shared", "added", "width")
+# Axis -> the values that it runs over, and the lengths of a call that take them.
+CALL_AXES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "both": ("lengths", ("noisy", "reference")),
+    "noisy": ("lengths", ("noisy",)),
+    "reference": ("lengths", ("reference",)),
+    "text": ("texts", ("text",)),
+    "batch": ("counts", ("batch",)),
+    "shared": ("counts", ("references",)),
+    "added": ("counts", ("references",)),
+    "width": ("wide_lengths", ("noisy", "reference")),
+}
 OTHER_AXES = ("runtime", "steps", "requests", "rungs", "operators")
-DEFAULT_AXES = (*CALL_AXES, "runtime", "steps", "requests", "rungs")
+DEFAULT_AXES = (*CALL_AXES, *OTHER_AXES[:-1])
+# (value on the axis, name of the engine set, what is measured and how)
+Point = tuple[int, str, dict[str, Any]]
 
 
-def calls_of(axis: str, sizes: dict[str, Any]) -> Iterator[tuple[int, dict[str, Any]]]:
+def calls_of(axis: str, sizes: dict[str, Any]) -> Iterator[tuple[int, dict[str, int]]]:
     """(value on the axis, size of the call)."""
-    short = sizes["short"]
-    plain = {"noisy": short, "references": [short], "text": sizes["text"], "batch": 1}
-    if axis in ("both", "width"):
-        for length in sizes["wide_lengths" if axis == "width" else "lengths"]:
-            yield length, {**plain, "noisy": length, "references": [length]}
-    elif axis == "noisy":
-        yield from ((length, {**plain, "noisy": length}) for length in sizes["lengths"])
-    elif axis == "reference":
-        yield from ((length, {**plain, "references": [length]}) for length in sizes["lengths"])
-    elif axis == "text":
-        yield from ((length, {**plain, "text": length}) for length in sizes["texts"])
-    elif axis == "batch":
-        yield from ((batch, {**plain, "batch": batch}) for batch in (1, 2, 3, 4))
+    short, (values, lengths) = sizes["short"], CALL_AXES[axis]
+    plain = {"noisy": short, "reference": short, "text": sizes["text"], "batch": 1, "references": 1}
+    for value in sizes[values]:
+        size = plain | dict.fromkeys(lengths, value)
+        yield value, size | ({"reference": sizes["shared"] // value} if axis == "shared" else {})
+
+
+def points_of(axis: str, sizes: dict[str, Any], arguments: argparse.Namespace) -> Iterator[Point]:
+    """The points of an axis, in order."""
+    repeats, longest = arguments.repeats, sizes["longest_run"]
+    size = {"noisy": longest, "reference": longest, "text": sizes["text"], "batch": 1,
+            "references": 1}  # fmt: skip
+    if axis in CALL_AXES:
+        for value, call in calls_of(axis, sizes):
+            task = {"kind": "call", "size": call, "repeats": repeats, "budget_s": arguments.budget}
+            yield value, "wide" if axis == "width" else "narrow", task
+    elif axis == "runtime":
+        task = {name: sizes[name] for name in ("lengths", "text", "width")}
+        yield sizes["width"], "narrow", {**task, "kind": axis, "repeats": 3 * repeats}
+    elif axis == "operators":
+        for length in arguments.operators_at or sizes["lengths"][:2]:
+            call = {**size, "noisy": length, "reference": length}
+            yield length, "narrow", {"kind": axis, "size": call}
+    elif axis == "requests":
+        marks = sizes["requests"]
+        yield max(marks), "cheap", {"kind": axis, "size": size, "marks": marks}
+    elif axis == "rungs":
+        for rungs in sizes["rungs"]:
+            yield rungs, f"rungs-{rungs}", {"kind": axis, "size": size, "repeats": repeats}
     else:
-        for count in (1, 2, 3, 4):
-            length = sizes["shared"] // count if axis == "shared" else short
-            yield count, {**plain, "references": [length] * count}
+        short = dict.fromkeys(("noisy", "reference"), sizes["run_length"])
+        call = {**size, **short, "text": sizes["texts"][0]}
+        for steps in (*sizes["steps"], sizes["many_steps"]):
+            marks = sizes["marks"] if steps == sizes["many_steps"] else ()
+            yield steps, "cheap", {"kind": axis, "size": call, "steps": steps, "marks": marks}
+
+
+def build_options(name: str, sizes: dict[str, Any]) -> dict[str, Any]:
+    """What the set of this name is built with, besides its folder."""
+    # Four references of the short length are the longest of the axis "added".
+    longest = max(sizes["longest"], sizes["shared"], 4 * sizes["short"])
+    options = {
+        "model": "qwen-edit",
+        "weights": "random",
+        "num_layers": 3,
+        "front_depth": 1,
+        "layers": (1,),
+        "config": sizes["config"],
+        "max_text_tokens": max(sizes["texts"]),
+        "max_batch": 4,
+    }
+    if name == "wide":
+        options |= {"config": sizes["wide_config"], "num_layers": 2}
+    elif name != "narrow":
+        longest = sizes["longest_run"]
+        options["config"] = {**sizes["config"], "num_attention_heads": 2}
+    if name.startswith("rungs-"):
+        options["rungs"] = int(name.removeprefix("rungs-"))
+    return options | {"max_reference_tokens": longest, "max_noisy_tokens": longest}
 
 
 class Bench:
@@ -115,199 +174,61 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
         self.sizes = dict(QUICK if arguments.quick else FULL)
-        if arguments.lengths:
-            self.sizes["lengths"] = arguments.lengths
-        if arguments.wide_lengths:
-            self.sizes["wide_lengths"] = arguments.wide_lengths
+        for name in ("lengths", "wide_lengths"):
+            self.sizes[name] = getattr(arguments, name) or self.sizes[name]
         self.threads = arguments.threads or os.cpu_count() or 1
-        self.result: dict[str, Any] = {}
-        self.built: dict[str, dict[str, Any]] = {}
-        if arguments.output.exists():
-            self.result = json.loads(arguments.output.read_text())
-        settings = {"threads": self.threads, "quick": arguments.quick}
-        if self.result.setdefault("settings", settings) != settings:
+        self.built: set[str] = set()
+        output, settings = arguments.output, {"threads": self.threads, "quick": arguments.quick}
+        new = {"format": FORMAT, "version": VERSION, "settings": settings}
+        self.result: dict[str, Any] = json.loads(output.read_text()) if output.exists() else new
+        found = {name: self.result.get(name) for name in new}
+        if found != new:
             raise SystemExit(
-                f"{arguments.output} was measured with {self.result['settings']}, this is "
-                f"{settings}: give another --output"
+                f"{output} was measured with {found}, this is {new}: give another --output"
             )
 
-    def run(self, kind: str, **task: Any) -> dict[str, Any]:
+    def run(self, task: dict[str, Any], memory_limit: int) -> dict[str, Any]:
         """One task in a process of its own."""
-        task |= {
-            "kind": kind,
-            "threads": self.threads,
-            # A build is no point.
-            "memory_limit_bytes": round(self.arguments.memory_limit * GIB) * (kind != "build"),
-        }
-        command = [*shlex.split(self.arguments.under), sys.executable, str(POINTS)]
-        done = subprocess.run(
-            [*command, json.dumps(task)], stdout=subprocess.PIPE, text=True, check=False
-        )
+        text = json.dumps({**task, "threads": self.threads, "memory_limit_bytes": memory_limit})
+        command = [*shlex.split(self.arguments.under), sys.executable, __file__, "--task", text]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode != 0:
+            raise SystemExit(f"the process that measured {text} ended with {done.returncode}")
+        result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        if "stopped_at_bytes" in result and task["kind"] != "call":
             raise SystemExit(
-                f"the process that measured {json.dumps(task)} ended with {done.returncode}"
-            )
-        result = json.loads(done.stdout.splitlines()[-1])
-        if "stopped_at_bytes" in result and kind != "call":
-            raise SystemExit(
-                f"{kind} was given up at {result['stopped_at_bytes'] / GIB:.2f} GiB; raise "
+                f"{task['kind']} was given up at {size_text(result['stopped_at_bytes'])}; raise "
                 f"--memory-limit ({self.arguments.memory_limit:g}) or measure on a larger machine"
             )
         return result
 
-    def build(self, name: str, config: dict[str, Any], longest: int, **options: Any) -> str:
-        """Folder of a set, built unless it is there already."""
-        folder = str(self.arguments.engine / name)
-        values = {
-            "model": "qwen-edit",
-            "weights": "random",
-            "num_layers": 3,
-            "front_depth": 1,
-            "layers": (1,),
-            "config": config,
-            "max_reference_tokens": longest,
-            "max_noisy_tokens": longest,
-            "max_text_tokens": max(self.sizes["texts"]),
-            "max_batch": 4,
-            "output": folder,
-            **options,
-        }
-        if self.built.get(name) != values:
-            self.run("build", options=values)
-            self.built[name] = values
-        return folder
+    def measure(self, axis: str) -> None:
+        """One axis, start to end."""
+        found = []
+        for value, name, task in points_of(axis, self.sizes, self.arguments):
+            print(f"[{time.strftime('%H:%M:%S')}] {axis} = {value}", file=sys.stderr, flush=True)
+            folder = str(self.arguments.engine / name)
+            if name not in self.built:
+                options = {**build_options(name, self.sizes), "output": folder}
+                self.run({"kind": "build", "options": options}, 0)
+                self.built.add(name)
+            limit = round(self.arguments.memory_limit * (1 << 30))
+            found.append({"value": value, **self.run({**task, "engine": folder}, limit)})
+            self.keep(axis, found)
 
     def keep(self, key: str, value: Any) -> None:
         """Put it into the result, and the result into the file."""
         self.result[key] = value
         target = self.arguments.output
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".partial")
-        partial.write_text(json.dumps(self.result, indent=1) + "\n")
-        os.replace(partial, target)
-
-    def measure(self, axis: str) -> None:
-        """One axis, start to end."""
-        sizes, quick = self.sizes, self.arguments.quick
-        repeats = 2 if quick else self.arguments.repeats
-        if axis in CALL_AXES:
-            folder = self._wide() if axis == "width" else self._narrow()
-            found = []
-            for value, point in calls_of(axis, sizes):
-                self.say(f"{axis} = {value}: {point}")
-                entry = self.run(
-                    "call",
-                    engine=folder,
-                    point=point,
-                    repeats=repeats,
-                    budget_s=self.arguments.budget,
-                )
-                found.append({"value": value, "point": point, **entry})
-                self.keep(axis, found)
-        elif axis == "runtime":
-            folder = self._narrow()
-            entry = self.run(
-                "runtime",
-                engine=folder,
-                lengths=sizes["lengths"],
-                text=sizes["text"],
-                width=48 if quick else 3072,
-                repeats=repeats * 3,
-            )
-            self.keep(axis, entry)
-        elif axis == "operators":
-            folder = self._narrow()
-            lengths = self.arguments.operators_at or sizes["lengths"][:2]
-            found = []
-            for length in lengths:
-                point = {
-                    "noisy": length,
-                    "references": [length],
-                    "text": sizes["text"],
-                    "batch": 1,
-                }
-                self.say(f"operators at G = C = {length}")
-                found.append({"value": length, **self.run("operators", engine=folder, point=point)})
-            self.keep(axis, found)
-        elif axis == "rungs":
-            self._rungs(repeats)
-        else:
-            self._runs(axis)
-
-    def _narrow(self) -> str:
-        sizes = self.sizes
-        # Four references of the short length are the longest of the axis "added".
-        longest = max(sizes["longest"], sizes["shared"], 4 * sizes["short"])
-        return self.build("narrow", sizes["config"], longest)
-
-    def _wide(self) -> str:
-        sizes = self.sizes
-        return self.build("wide", sizes["wide_config"], sizes["longest"], num_layers=2)
-
-    def _rungs(self, repeats: int) -> None:
-        length, found = self.sizes["longest_run"], []
-        for rungs in self.sizes["rungs"]:
-            config = _cheap(self.sizes)
-            folder = self.build(f"rungs-{rungs}", config, length, rungs=rungs)
-            point = {
-                "noisy": length,
-                "references": [length],
-                "text": self.sizes["text"],
-                "batch": 1,
-            }
-            self.say(f"rungs = {rungs}")
-            entry = self.run("rungs", engine=folder, point=point, repeats=repeats)
-            found.append({"value": rungs, **entry})
-            self.keep("rungs", found)
-
-    def _runs(self, axis: str) -> None:
-        sizes = self.sizes
-        longest = sizes["longest_run"]
-        if self.arguments.quick:
-            folder = self._narrow()
-        else:
-            folder = self.build("cheap", _cheap(sizes), longest)
-        if axis == "requests":
-            self.say("requests of changing size")
-            marks = sizes["requests"]
-            entry = self.run(
-                "requests", engine=folder, marks=marks, longest=longest, text=sizes["text"]
-            )
-            self.keep(axis, entry)
-            return
-        length, found = sizes["run_length"], []
-        point = {"noisy": length, "references": [length], "text": sizes["texts"][0], "batch": 1}
-        for steps in (*sizes["steps"], sizes["many_steps"]):
-            self.say(f"steps = {steps}")
-            marks = sizes["marks"] if steps == sizes["many_steps"] else ()
-            entry = self.run("steps", engine=folder, point=point, steps=steps, marks=marks)
-            found.append({"value": steps, "point": point, **entry})
-            self.keep("steps", found)
-
-    def say(self, text: str) -> None:
-        """A word about what comes next."""
-        print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
+        beside = target.with_name(target.name + ".partial")
+        beside.write_text(json.dumps(self.result) + "\n")
+        os.replace(beside, target)
 
 
-def _cheap(sizes: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with two heads."""
-    return {**sizes["config"], "num_attention_heads": 2}
-
-
-def machine() -> dict[str, Any]:
-    """What this was measured on."""
-    from importlib.metadata import version
-
-    names = [
-        line.split(":", 1)[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
-    return {
-        "name": names[0] if names else "unknown",
-        "cores": os.cpu_count(),
-        "versions": {name: version(name) for name in ("torch", "onnxruntime")},
-    }
+def document(result: dict[str, Any]) -> str:
+    """All tables as Markdown, with what they were measured on."""
+    return f"{machine_text(result['machine'])}\n\n{markdown(sections(result), level=2)}"
 
 
 def _whole_numbers(text: str) -> tuple[int, ...]:
@@ -348,35 +269,40 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--document", type=Path, metavar="JSON",
                         help="measure nothing; print the Markdown tables of a result")  # fmt: skip
     parser.add_argument("--figure", type=Path, help="with --document: draw it there as well")
-    return parser.parse_args()
+    parser.add_argument("--task", type=json.loads, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.repeats = 2
+    return arguments
 
 
 def main() -> int:
     arguments = parse_arguments()
-    if arguments.document:
-        from growth_tables import document, draw
+    if arguments.task:
+        from benchmarks.growth import run_task
 
+        print(json.dumps(run_task(arguments.task)), flush=True)
+        return 0
+    if arguments.document:
         result = json.loads(arguments.document.read_text())
         print(document(result))
         if arguments.figure:
             draw(result, arguments.figure)
         return 0
     axes = arguments.axes.split(",")
-    unknown = [axis for axis in axes if axis not in (*CALL_AXES, *OTHER_AXES)]
-    if unknown:
+    known = (*CALL_AXES, *OTHER_AXES)
+    if unknown := [axis for axis in axes if axis not in known]:
         print(
-            f"error: no axis {', '.join(unknown)}; there are: "
-            f"{', '.join((*CALL_AXES, *OTHER_AXES))}",
-            file=sys.stderr,
+            f"error: no axis {', '.join(unknown)}; there are: {', '.join(known)}", file=sys.stderr
         )
         return 2
     bench = Bench(arguments)
-    bench.keep("machine", machine())
+    from ditrim.runtime.profiling.machine import describe_machine
+
+    bench.keep("machine", describe_machine(None, bench.threads))
     for axis in axes:
         bench.measure(axis)
-    from growth_tables import document, summary
-
-    print(document({key: bench.result[key] for key in ("machine", "settings", *axes)}))
+    print(document({key: bench.result[key] for key in ("machine", *axes)}))
     print(json.dumps(summary(bench.result)))
     return 0
 

@@ -22,14 +22,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from benchmarks.tables import Section, show
+from ditrim.runtime.profiling.machine import describe_machine, memory_of_process
 
 CONFIG: dict[str, Any] = {
     "num_attention_heads": 8,
@@ -102,25 +104,9 @@ def build_sets(root: Path) -> dict[str, Path]:
     return {name: Path(options.output or "") for name, options in sets.items()}
 
 
-def memory_of(process: int | str = "self") -> dict[str, int]:
-    """Bytes that a process has in memory: resident, its share, private; and the most so far."""
-    pages = {}
-    for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()[1:]:
-        key, value = line.split(":")
-        pages[key] = int(value.split()[0]) * 1024
-    status = Path(f"/proc/{process}/status").read_text()
-    peak = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-    return {
-        "rss": pages["Rss"],
-        "pss": pages["Pss"],
-        "private": pages["Private_Clean"] + pages["Private_Dirty"],
-        "peak": int(peak.split()[1]) * 1024,
-    }
-
-
 def added(before: dict[str, int]) -> dict[str, int]:
     """What the process has more than before; of the peak, above what was resident."""
-    now = memory_of()
+    now = memory_of_process()
     return {key: now[key] - before["rss" if key == "peak" else key] for key in now}
 
 
@@ -134,12 +120,12 @@ def load_ours(task: dict[str, Any]) -> dict[str, Any]:
     from ditrim.engines.load import load_engines
 
     result: dict[str, Any] = {"import_seconds": time.perf_counter() - start}
-    before = memory_of()
+    before = memory_of_process()
     start = time.perf_counter()
     first = load_engines(task["folder"], device="cpu")
     result["seconds"] = time.perf_counter() - start
     result |= added(before)
-    before = memory_of()
+    before = memory_of_process()
     start = time.perf_counter()
     second = load_engines(task["folder"], device="cpu")
     result["second_seconds"] = time.perf_counter() - start
@@ -158,7 +144,7 @@ def load_plain(task: dict[str, Any]) -> dict[str, Any]:
 
     paths = [Path(task["folder"]) / f"{role}.onnx" for role in ("front", "back")]
     made = [ort.SessionOptions() if task.get("defaults") else session_options(p) for p in paths]
-    before = memory_of()
+    before = memory_of_process()
     start = time.perf_counter()
     sessions = []
     for path, options in zip(paths, made, strict=True):
@@ -236,21 +222,19 @@ def summarise(results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     return summary
 
 
-def print_tables(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(stderr=True, width=130)
+def tables(result: dict[str, Any]) -> Iterator[Section]:
+    """A table for each set."""
+    columns = ("ms", "ratio", "rss_mb", "pss_mb", "private_mb", "peak_mb", "import_ms",
+               "second_ms", "second_rss_mb")  # fmt: skip
     for name, rows in result["sets"].items():
-        table = Table(title=f"{name}: medians of {result['repeats']} loads")
-        columns = ["ms", "ratio", "rss_mb", "pss_mb", "private_mb", "peak_mb"]
-        columns += ["import_ms", "second_ms", "second_rss_mb"]
-        table.add_column("variant")
-        for column in columns:
-            table.add_column(column, justify="right")
-        for variant, row in rows.items():
-            table.add_row(variant, *(str(row.get(column, "")) for column in columns))
-        console.print(table)
+        yield Section(
+            title=f"{name}: medians of {result['repeats']} loads",
+            columns=("variant", *columns),
+            rows=[
+                [variant, *(row.get(column, "") for column in columns)]
+                for variant, row in rows.items()
+            ],
+        )
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -291,15 +275,12 @@ def main() -> int:
         folders = {name: folders[name] for name in arguments.sets.split(",")}
     found = measure(folders, arguments.repeats, with_tried=arguments.tried)
 
-    import onnxruntime as ort
-
     result = {
         "sets": {name: summarise(results) for name, results in found.items()},
         "repeats": arguments.repeats,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"onnxruntime": ort.__version__},
+        "machine": describe_machine(None, 0),
     }
-    print_tables(result)
+    show(tables(result))
     if arguments.output:
         arguments.output.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))

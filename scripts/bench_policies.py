@@ -16,18 +16,21 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 import ditrim.runtime as ditrim
+from benchmarks.tables import Section, number, show
 from ditrim.engines.cost.cost import ModelCost
 from ditrim.engines.cost.flops import CallSize
 from ditrim.engines.sets.ladder import Ladder
 from ditrim.export.family import FAMILIES
 from ditrim.runtime.policy import CallView, Reduction, StepView
+from ditrim.runtime.profiling.machine import describe_machine
 from ditrim.runtime.profiling.product import PRODUCT_COST, plain_products
+from ditrim.runtime.profiling.rounds import Rounds
 
 GRID = (64, 64)
 NUM_NOISY, NUM_REFERENCE, NUM_TEXT, WIDTH, CHANNELS = 4096, 8192, 512, 3072, 64
@@ -102,13 +105,9 @@ def decisions() -> dict[str, Callable[[], object]]:
 
 def step_seconds() -> tuple[float, float]:
     """A full step at the measured product rate, and that rate in GFLOP/s."""
-    times = []
-    for _, run in plain_products("torch"):
-        for _ in range(12):
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-    rate = PRODUCT_COST.flops / min(times)
+    rounds, products = Rounds(0), dict(plain_products("torch"))
+    rounds.run(lambda: rounds.timed("torch", products["torch"]), 12, 0)
+    rate = PRODUCT_COST.flops / min(rounds.samples["torch"]) * 1e3
     family = FAMILIES["qwen-edit"]
     cost = ModelCost(
         config=family.config,
@@ -129,18 +128,21 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     repeats = parser.parse_args().repeats
     seconds, gflops = step_seconds()
-    result: dict[str, object] = {"full_step_s": round(seconds, 1), "gflop_s": round(gflops, 1)}
+    result: dict[str, object] = {
+        "machine": describe_machine(None, torch.get_num_threads()),
+        "full_step_s": round(seconds, 1),
+        "gflop_s": round(gflops, 1),
+    }
+    rounds, rows = Rounds(), []
+    parts = [partial(rounds.timed, name, decide) for name, decide in decisions().items()]
     with torch.no_grad():
-        for name, decide in decisions().items():
-            decide()
-            times = []
-            for _ in range(repeats):
-                start = time.perf_counter()
-                decide()
-                times.append((time.perf_counter() - start) * 1e3)
-            median = statistics.median(times)
-            result[name] = {"ms": round(median, 2), "share": f"{median / 1e3 / seconds:.5%}"}
-            print(f"{name:32s} {median:10.2f} ms  {median / 1e3 / seconds:.5%} of a full step")
+        rounds.run(lambda: rounds.turn(parts), repeats, 1)
+    for name, samples in rounds.samples.items():
+        median = statistics.median(samples)
+        share = f"{median / 1e3 / seconds:.5%}"
+        result[str(name)] = {"ms": round(median, 2), "share": share}
+        rows.append((name, number(median), share))
+    show([Section(columns=("decision", "ms", "share of a full step"), rows=rows)])
     print(json.dumps(result))
     return 0
 

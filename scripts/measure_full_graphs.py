@@ -226,7 +226,10 @@ def main() -> int:
         for result in results.values()
         for role in result["parse"].get("roles", {}).values()
     )
-    document = {"models": results, "cpu_count": os.cpu_count(), "load_average": loads}
+    from ditrim.runtime.profiling.machine import describe_machine
+
+    machine = describe_machine(None, 0)
+    document = {"models": results, "machine": machine, "load_average": loads}
     print(json.dumps(document))
     return 0 if is_parsed else 1
 

@@ -227,6 +227,7 @@ def test_bench_compares_ways_that_agree_and_judges_what_it_measured(tmp_path: Pa
     assert done.returncode == 0, done.stderr
     result = json.loads(output.read_text())
     assert result == json.loads(done.stdout.splitlines()[-1])
+    assert result["machine"]["instruction_sets"]["torch"]
     case = result["cases"]["wide"]
     assert case["build_s"] > 0
     steps = {row["way"]: row for row in case["steps"]}
@@ -270,23 +271,21 @@ def test_bench_compares_ways_that_agree_and_judges_what_it_measured(tmp_path: Pa
 
 @pytest.mark.slow
 def test_bench_edits_pictures_with_the_small_editor(bench: ModuleType, tmp_path: Path) -> None:
-    import bench_cases
-    import bench_measure
-    import bench_others
+    from benchmarks import cases, measure, others
 
-    case = bench_cases.small_case("small-large", tmp_path / "sets", 2, 2)
+    case = cases.small_case("small-large", tmp_path / "sets", 2, 2)
     assert (case.size.num_reference, case.count) == (324, 2)
-    ways = bench_others.other_ways(case, ("eager", "fbc"), tmp_path, 2)
-    ours = bench_cases.our_schedules(case)
+    ways = others.other_ways(case, ("eager", "fbc"), tmp_path, 2)
+    ours = cases.our_schedules(case)
     steps = 20
-    with bench_measure.Progress() as progress:
-        found = bench_measure.measure_edits(case, [*ways, *ours], 2, steps, progress)
+    with measure.Progress() as progress:
+        found = measure.measure_edits(case, [*ways, *ours], 2, steps, progress)
     rows = {row["way"]: row for row in found["ways"]}
     assert rows["diffusers eager"]["quality"] == [100.0, 100.0]
     assert rows["ditrim, full context"]["quality"][1] > 90
     assert 15 < rows["ditrim, ToPi"]["quality"][1] < 90
     assert 0 < rows["ditrim, ToPi"]["kept_ratio"] < 1
-    caches = [rows[f"diffusers First-Block-Cache, {t:g}"] for t in bench_others.FBC_THRESHOLDS]
+    caches = [rows[f"diffusers First-Block-Cache, {t:g}"] for t in others.FBC_THRESHOLDS]
     assert steps > caches[0]["computed"] > caches[1]["computed"] >= 1
     assert caches[0]["quality"][0] > caches[1]["quality"][0]
     # Caching by hooks is of its own copy: what stands beside it is still diffusers as it is.
@@ -294,8 +293,9 @@ def test_bench_edits_pictures_with_the_small_editor(bench: ModuleType, tmp_path:
 
 
 def test_bench_refuses_a_way_that_computes_something_else(bench: ModuleType) -> None:
-    import bench_measure
     import torch
+
+    from benchmarks import measure
 
     class Case:
         name, transformer = "case", 1.0
@@ -303,11 +303,11 @@ def test_bench_refuses_a_way_that_computes_something_else(bench: ModuleType) -> 
         def step(self, transformer: float) -> torch.Tensor:
             return torch.full((1, 4, 2), transformer)
 
-    bench_measure.check_agreement(Case(), {"near": 1.0 + 1e-4})
+    measure.check_agreement(Case(), {"near": 1.0 + 1e-4})
     with pytest.raises(SystemExit, match=r"case: far differs from diffusers by 0\.01, relative"):
-        bench_measure.check_agreement(Case(), {"near": 1.0, "far": 1.01})
+        measure.check_agreement(Case(), {"near": 1.0, "far": 1.01})
     with pytest.raises(SystemExit, match="broken differs from diffusers by nan"):
-        bench_measure.check_agreement(Case(), {"broken": float("nan")})
+        measure.check_agreement(Case(), {"broken": float("nan")})
 
 
 @pytest.mark.parametrize(
@@ -349,8 +349,39 @@ def test_bench_names_what_it_cannot_do(bench: ModuleType, tmp_path: Path) -> Non
     assert bench.main(["--document", str(tmp_path / "missing.json")]) == 2
     page = tmp_path / "page.md"
     page.write_text("no marks\n")
-    import bench_tables
+    from benchmarks import tables
 
     with pytest.raises(SystemExit, match="needs one line '<!-- bench: begin -->'"):
-        bench_tables.replace_section(page, "text")
+        tables.replace_section(page, "text")
     assert page.read_text() == "no marks\n"
+
+
+def test_committed_tables_are_those_of_the_committed_figures(bench: ModuleType) -> None:
+    from benchmarks import speed_tables
+
+    folder = ROOT / "docs" / "measured"
+    result = json.loads((folder / "performance-cpu.json").read_text())
+    page = (folder / "performance.md").read_text()
+    section = page.split("<!-- bench: begin -->")[1].split("<!-- bench: end -->")[0]
+    assert section.strip() == speed_tables.document_text(result)
+    assert bench.judge(result["cases"]) == result["bounds"]
+
+
+def test_committed_tables_of_methods_are_those_of_the_committed_figures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All but the paired differences, which are not in the file."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "studies")
+    import methods_tables
+
+    from benchmarks.tables import markdown
+
+    folder = ROOT / "docs" / "measured"
+    found = json.loads((folder / "methods.json").read_text())
+    page = (folder / "methods.md").read_text().replace("\\*", "*")
+    rows = [line for line in page.splitlines() if line.startswith("| ")]
+    labels = [label for label in found["methods"]["labels"] if label != methods_tables.FULL]
+    made = markdown([methods_tables.table("", found["methods"], labels)]).splitlines()[2:]
+    shown = [line for line in made if any(row.startswith(line[:-1]) for row in rows)]
+    assert len(shown) > 10

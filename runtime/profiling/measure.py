@@ -1,21 +1,18 @@
 """Times FRONT, BACK, anchors and what stands between them, round by round.
 
-Every round runs everything once, in an order that is drawn anew, so that what slows the machine for
-a while, and whatever ran before, slows all parts alike. Only the first round, which warms up, goes
-from short to long, so that memory that is kept for reuse tells how much each length needs. Before
-each part torch's threads are given time to stop spinning, which would slow the engine's. CPUs are
-timed by the monotonic clock, GPUs by events on the current stream.
+Only the first round, which warms up, goes from short to long, so that memory that is kept for reuse
+tells how much each length needs. CPUs are timed by the monotonic clock, GPUs by events on the
+current stream.
 """
 
 from __future__ import annotations
 
-import gc
-import random
+import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,10 +33,11 @@ from ditrim.runtime.policy import CallView, FullContext, Reduction
 from ditrim.runtime.profiling.machine import begin_peak, peak_bytes
 from ditrim.runtime.profiling.product import PRODUCT_COST, PRODUCT_SIDE, plain_products
 from ditrim.runtime.profiling.profile import PARTS, PRODUCT, Profile, Row
+from ditrim.runtime.profiling.rounds import SETTLE_SECONDS, Rounds
 
-_COPY_BYTES = 64 << 20
+_COPY, _COPY_BYTES = "copy", 64 << 20
 _SCHEDULER_STEPS = 1000
-_SETTLE_SECONDS = 0.005
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,20 +46,22 @@ class Geometry:
 
     Attributes:
         batch, num_text: B and T.
-        noisy_grid, reference_grid: (height, width) in tokens; all references as one picture.
+        noisy_grid, reference_grid: (height, width) in tokens.
+        num_references: so many of that grid.
     """
 
     batch: int
     num_text: int
     noisy_grid: tuple[int, int]
     reference_grid: tuple[int, int]
+    num_references: int = 1
 
     @property
     def size(self) -> CallSize:
         """Its lengths."""
         return CallSize(
             num_noisy=self.noisy_grid[0] * self.noisy_grid[1],
-            num_reference=self.reference_grid[0] * self.reference_grid[1],
+            num_reference=self.layout.num_reference,
             num_text=self.num_text,
             batch=self.batch,
         )
@@ -69,7 +69,7 @@ class Geometry:
     @property
     def layout(self) -> Layout:
         """Its pictures."""
-        return Layout(self.noisy_grid, (self.reference_grid,))
+        return Layout(self.noisy_grid, (self.reference_grid,) * self.num_references)
 
     @property
     def key(self) -> tuple[int, int, int, int]:
@@ -84,22 +84,23 @@ def grid_of(num_tokens: int) -> tuple[int, int]:
     return height, num_tokens // height
 
 
-@dataclass(slots=True)
-class _Series:
-    """Samples of one row."""
-
-    row: dict[str, Any]
-    cost: Cost
-    samples: list[float] = field(default_factory=list)
-    warmup: tuple[float, ...] = ()
-    memory_bytes: int | None = None
-
-
 class Meter:
-    """Measures one engine set at several sizes."""
+    """Measures one engine set at several sizes.
+
+    Attributes:
+        rounds: the samples; those of a row are under its part, size and kept tokens.
+        is_finite: whether every influence that came out of a first round was.
+    """
 
     def __init__(
-        self, engines: Engines, geometries: Sequence[Geometry], rungs: Sequence[int], tau: float
+        self,
+        engines: Engines,
+        geometries: Sequence[Geometry],
+        rungs: Sequence[int],
+        tau: float,
+        *,
+        parts: Sequence[str] = PARTS,
+        products_a_part: int = 0,
     ) -> None:
         """Prepare inputs.
 
@@ -109,16 +110,23 @@ class Meter:
             rungs: reference lengths that BACK is measured at; those longer than a geometry's
                 references are left out there, and its own length is always measured.
             tau: of the selection that is timed.
+            parts: what is measured, besides FRONT.
+            products_a_part: so many plain products are timed before each part, where a CPU's speed
+                changes within a round; their median is the round's. With 0, one a round.
         """
         self.engines = engines
         self.manifest = engines.engine_set.manifest
         self.is_cuda = engines.device.type == "cuda"
         self.cost = model_cost_of(self.manifest)
-        self._series: dict[tuple[str, CallSize, int], _Series] = {}
-        self._is_first = True
+        self.rounds = Rounds(0 if self.is_cuda else SETTLE_SECONDS)
+        self.is_finite = True
+        self.parts = frozenset(parts)
+        self._costs: dict[tuple[str, CallSize, int], Cost] = {}
+        self._memory: dict[tuple[str, CallSize, int], int | None] = {}
         self._sites = [_Site(self, geometry, rungs, tau) for geometry in geometries]
         self._products = () if self.is_cuda else tuple(plain_products(self.manifest.backend))
-        self._copies: list[float] = []
+        self._products_a_part = products_a_part
+        self._beats: dict[str, list[float]] = {}
         self._buffers = (
             () if self.is_cuda else tuple(torch.zeros(_COPY_BYTES // 4) for _ in range(2))
         )
@@ -127,69 +135,65 @@ class Meter:
         """Of this device."""
         return EventClock(self.engines.device) if self.is_cuda else Clock(None)
 
-    def begin_part(self) -> None:
-        """Before each part; looking at memory takes time, so only in the first round."""
-        if self._is_first:
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the first round, in which alone memory is looked at: that takes time."""
+        return self.rounds.number == 0
+
+    def turn(self, parts: Sequence[Callable[[], None]]) -> None:
+        """Every part once; see `Rounds.turn`."""
+        self.rounds.turn([partial(self._run_part, run) for run in parts])
+
+    def alone(self, run: Callable[[], _T]) -> _T:
+        """One part that others need; see `Rounds.alone`."""
+        return self.rounds.alone(partial(self._run_part, run))
+
+    def _run_part(self, run: Callable[[], _T]) -> _T:
+        if self._products_a_part:
+            self._beat(self._products_a_part)
+            self.rounds.settle()
+        if self.is_first:
             begin_peak(self.engines.device)
+        return run()
+
+    def _beat(self, times: int) -> None:
+        for name, run in self._products:
+            for _ in range(times):
+                start = time.perf_counter()
+                run()
+                self._beats.setdefault(name, []).append(_since(start))
 
     def add(
         self, part: str, size: CallSize, num_kept: int, milliseconds: float, cost: Cost
     ) -> None:
         """One more sample."""
         key = (part, size, num_kept)
-        if key not in self._series:
-            row = {
-                "part": part,
-                "batch": size.batch,
-                "num_noisy": size.num_noisy,
-                "num_text": size.num_text,
-                "num_reference": size.num_reference,
-                "num_kept": num_kept,
-            }
-            self._series[key] = _Series(row, cost)
-        series = self._series[key]
-        # A clock's tick is the least that it can tell.
-        series.samples.append(max(milliseconds, 1e-6))
-        if self._is_first and part != PRODUCT:
-            series.memory_bytes = peak_bytes(self.engines.device)
+        self._costs[key] = cost
+        self.rounds.add(key, milliseconds)
+        if self.is_first and part != PRODUCT:
+            self._memory[key] = peak_bytes(self.engines.device)
 
     @torch.no_grad()
-    def measure(self, repeats: int, warmup: int, on_round: Callable[[int, str], None]) -> None:
-        """Run all rounds.
+    def measure(
+        self,
+        repeats: int,
+        warmup: int,
+        on_round: Callable[[int, str], None] = lambda done, word: None,
+        *,
+        budget_s: float | None = None,
+    ) -> None:
+        """Run all rounds; see `Rounds.run`."""
+        self.rounds.run(self._round, repeats, warmup, on_round, budget_s=budget_s)
 
-        Args:
-            repeats: rounds that count.
-            warmup: rounds before them.
-            on_round: called with the number of finished rounds and a word about them.
-        """
-        gc.collect()
-        was_enabled = gc.isenabled()
-        gc.disable()
-        try:
-            for number in range(warmup + repeats):
-                self._is_first = number == 0
-                if number == warmup:
-                    for series in self._series.values():
-                        series.warmup = tuple(series.samples)
-                        series.samples.clear()
-                    self._copies.clear()
-                self._round(number)
-                on_round(number + 1, "warming up" if number < warmup else "measuring")
-        finally:
-            if was_enabled:
-                gc.enable()
-
-    def _round(self, number: int) -> None:
-        for name, run in self._products:
-            start = time.perf_counter()
-            run()
-            self.add(PRODUCT, _PRODUCT_SIZE[name], 0, _since(start), PRODUCT_COST)
+    def _round(self) -> None:
+        self._beats.clear()
+        self._beat(1)
         if self._products:
-            start = time.perf_counter()
-            self._buffers[0].copy_(self._buffers[1])
-            self._copies.append(_since(start))
+            self.rounds.timed(_COPY, lambda: self._buffers[0].copy_(self._buffers[1]))
         for site in self._sites:
-            site.run_round(number)
+            site.run_round()
+        for name, beats in self._beats.items():
+            self.add(PRODUCT, _PRODUCT_SIZE[name], 0, statistics.median(beats), PRODUCT_COST)
 
     def peak(self) -> Peak:
         """What the device can do: by its data sheet, or on a CPU as measured in these rounds."""
@@ -200,13 +204,13 @@ class Meter:
             source = "not established" if rate is None else device.peak_source(precision)
             return Peak(tflops=rate, gb_s=device.bandwidth_gb_s, source=source)
         least = {
-            name: min(self._series[PRODUCT, _PRODUCT_SIZE[name], 0].samples)
+            name: min(self.rounds.samples[PRODUCT, _PRODUCT_SIZE[name], 0])
             for name, _ in self._products
         }
         best = min(least, key=lambda name: least[name])
         return Peak(
             tflops=PRODUCT_COST.flops / least[best] / 1e9,
-            gb_s=2 * _COPY_BYTES / min(self._copies) / 1e6,
+            gb_s=2 * _COPY_BYTES / min(self.rounds.samples[_COPY]) / 1e6,
             source="measured beside the rest, the best of all rounds: a float32 product of "
             f"{PRODUCT_SIDE} x {PRODUCT_SIDE} by {best}, the faster of {' and '.join(least)}; a "
             f"copy of {_COPY_BYTES >> 20} MiB, read and written. No bound: a library can be faster "
@@ -224,14 +228,19 @@ class Meter:
 
         return tuple(
             Row(
-                **series.row,
-                samples_ms=tuple(series.samples),
-                warmup_ms=series.warmup,
-                flops=series.cost.flops,
-                num_bytes=series.cost.num_bytes,
-                memory_bytes=series.memory_bytes,
+                part=part,
+                batch=size.batch,
+                num_noisy=size.num_noisy,
+                num_text=size.num_text,
+                num_reference=size.num_reference,
+                num_kept=num_kept,
+                samples_ms=tuple(self.rounds.samples[part, size, num_kept]),
+                warmup_ms=tuple(self.rounds.warmup.get((part, size, num_kept), ())),
+                flops=self._costs[part, size, num_kept].flops,
+                num_bytes=self._costs[part, size, num_kept].num_bytes,
+                memory_bytes=self._memory.get((part, size, num_kept)),
             )
-            for _, series in sorted(self._series.items(), key=lambda item: place(item[0]))
+            for part, size, num_kept in sorted(self._costs, key=place)
         )
 
 
@@ -265,28 +274,17 @@ class _Site:
         self.step = Denoiser(engines, FullContext(), timing=meter.is_cuda).begin()
         self.scheduler = _SchedulerStep(self.inputs.noisy_latents)
 
-    def run_round(self, number: int) -> None:
-        self._settle()
-        self.meter.begin_part()
-        front = self._front()
-        parts: list[Callable[[], None]] = [
-            *(partial(self._back, front, kept) for kept in self.reductions),
-            partial(self._anchor, front),
-            self._select,
-            partial(self._rope, front),
-            self._schedule,
-            self._step,
+    def run_round(self) -> None:
+        front = self.meter.alone(self._front)
+        parts: list[tuple[str, Callable[[], None]]] = [
+            *(("back", partial(self._back, front, kept)) for kept in self.reductions),
+            ("anchor", partial(self._anchor, front)),
+            ("selection", self._select),
+            ("rope", partial(self._rope, front)),
+            ("scheduler", self._schedule),
+            ("step", self._step),
         ]
-        if number > 0:
-            random.Random(number).shuffle(parts)
-        for run in parts:
-            self._settle()
-            self.meter.begin_part()
-            run()
-
-    def _settle(self) -> None:
-        if not self.meter.is_cuda:
-            time.sleep(_SETTLE_SECONDS)
+        self.meter.turn([run for name, run in parts if name in self.meter.parts])
 
     def _add(self, part: str, kept: int, milliseconds: float, cost: Cost | None = None) -> None:
         self.meter.add(part, self.size, kept, milliseconds, cost or Cost())
@@ -320,8 +318,10 @@ class _Site:
 
     def _anchor(self, front: FrontResult) -> None:
         clock = self.meter.clock()
-        self.calls.run_back(front, "anchor", None, self.all_rows, clock)
+        scored = self.calls.run_back(front, "anchor", None, self.all_rows, clock)
         _finish(clock)
+        if self.meter.is_first:
+            self.meter.is_finite &= bool(torch.isfinite(scored.influence).all())
         cost = self.meter.cost.back(self.size, num_rows=self.size.num_noisy)
         self._add("anchor", self.size.num_reference, clock.parts["back"], cost)
 

@@ -126,7 +126,7 @@ class SmallEditPipeline(DiffusionPipeline):  # type: ignore[misc]
         if not (folder / "model_index.json").is_file():
             raise FileNotFoundError(
                 f"{folder} holds no small editor (there is no model_index.json); train one with "
-                "scripts/train_small_editor.py"
+                "scripts/small_editor/train_small_editor.py"
             )
         if "tokenizer" not in kwargs:
             kwargs["tokenizer"] = WordTokenizer.from_pretrained(folder / "tokenizer")

@@ -15,7 +15,8 @@ from ditrim.engines.load import load_engines
 from ditrim.runtime.small_editor import load_small_pipeline
 from ditrim.runtime.small_editor.scenes import held_out_edits
 
-SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "evaluate_small_editor.py"
+SCRIPTS = Path(__file__).parent.parent.parent / "scripts"
+SCRIPT = SCRIPTS / "small_editor" / "evaluate_small_editor.py"
 
 
 def load_script() -> Any:

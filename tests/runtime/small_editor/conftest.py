@@ -1,21 +1,18 @@
-import importlib.util
+import importlib
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[3] / "scripts" / "train_small_editor.py"
+SCRIPTS = Path(__file__).parents[3] / "scripts" / "small_editor"
 
 
 @pytest.fixture(scope="session")
 def trainer():
-    """The training script as a module."""
-    spec = importlib.util.spec_from_file_location("train_small_editor", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_small_editor"] = module
-    spec.loader.exec_module(module)
-    return module
+    """The training script as a module, its neighbours importable."""
+    sys.path.insert(0, str(SCRIPTS))
+    return importlib.import_module("train_small_editor")
 
 
 @pytest.fixture

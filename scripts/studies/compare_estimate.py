@@ -14,7 +14,7 @@ own:
 Error is estimated over measured, less 1, in percent. Nothing is timed.
 
 Example:
-    python scripts/compare_estimate.py --cases rtx-qwen-1024 ort-qwen-1024
+    python scripts/studies/compare_estimate.py --cases rtx-qwen-1024 ort-qwen-1024
 """
 
 from __future__ import annotations
@@ -29,95 +29,39 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
+
+from ditrim.runtime.profiling.machine import (
+    begin_peak,
+    describe_machine,
+    peak_bytes,
+    resident_bytes,
+)
 
 _NARROW = {"num_attention_heads": 8, "attention_head_dim": 128, "joint_attention_dim": 512}
 _TINY = {**_NARROW, "num_attention_heads": 2}
-_WIDE: dict[str, Any] = {}
-_RTX: dict[str, Any] = {"backend": "tensorrt-rtx", "precision": "bf16", "max_batch": 1}
-_REAL_LENGTHS: dict[str, Any] = {
-    "max_noisy_tokens": 4096,
-    "max_text_tokens": 512,
-    "ladder": (512, 4096),
-}
-_SHORT: dict[str, Any] = {"max_noisy_tokens": 1024, "max_text_tokens": 128}
+_RTX = {"backend": "tensorrt-rtx", "precision": "bf16", "max_batch": 1}
+_SHORT = {"max_noisy_tokens": 1024, "max_text_tokens": 128, "config": _NARROW}
+_REAL = {**_RTX, "max_noisy_tokens": 4096, "max_text_tokens": 512, "ladder": (512, 4096)}
+_NARROW_RTX = {**_RTX, **_SHORT, "num_layers": 3, "ladder": (512, 1024)}
+_ORT = {**_SHORT, "num_layers": 4, "front_depth": 2, "ladder": (128, 512, 1024), "max_batch": 1}
+_FLUX = {"model": "flux-kontext"}
 CASES: dict[str, dict[str, Any]] = {
-    "rtx-qwen-256": {
-        **_RTX,
-        **_SHORT,
-        "num_layers": 3,
-        "config": _TINY,
-        "ladder": (256, 512, 768, 1024),
-    },
-    "rtx-qwen-1024": {
-        **_RTX,
-        **_SHORT,
-        "num_layers": 3,
-        "config": _NARROW,
-        "ladder": (512, 1024),
-        "separate_anchor": True,
-    },
-    "rtx-qwen-3072": {**_RTX, **_REAL_LENGTHS, "num_layers": 3, "config": _WIDE},
-    "rtx-qwen-2511-3072": {
-        **_RTX,
-        **_REAL_LENGTHS,
-        "model": "qwen-edit-2511",
-        "num_layers": 2,
-        "config": _WIDE,
-    },
-    "rtx-flux-3072": {
-        **_RTX,
-        **_REAL_LENGTHS,
-        "model": "flux-kontext",
-        "num_layers": 3,
-        "config": _WIDE,
-    },
-    "rtx-qwen-1024-two-scored": {
-        **_RTX,
-        **_SHORT,
-        "num_layers": 4,
-        "layers": (2, 3),
-        "config": _NARROW,
-        "ladder": (512, 1024),
-    },
-    "rtx-flux-1024": {
-        **_RTX,
-        **_SHORT,
-        "model": "flux-kontext",
-        "num_layers": 3,
-        "config": _NARROW,
-        "ladder": (512, 1024),
-        "max_batch": 2,
-        "min_batch": 2,
-        "opt_batch": 2,
-    },
-    "ort-qwen-1024": {
-        **_SHORT,
-        "num_layers": 4,
-        "front_depth": 2,
-        "config": _NARROW,
-        "ladder": (128, 512, 1024),
-        "max_batch": 1,
-    },
+    "rtx-qwen-256": {**_NARROW_RTX, "config": _TINY, "ladder": (256, 512, 768, 1024)},
+    "rtx-qwen-1024": {**_NARROW_RTX, "separate_anchor": True},
+    "rtx-qwen-3072": {**_REAL, "num_layers": 3},
+    "rtx-qwen-2511-3072": {**_REAL, "model": "qwen-edit-2511", "num_layers": 2},
+    "rtx-flux-3072": {**_REAL, **_FLUX, "num_layers": 3},
+    "rtx-qwen-1024-two-scored": {**_NARROW_RTX, "num_layers": 4, "layers": (2, 3)},
+    "rtx-flux-1024": {**_NARROW_RTX, **_FLUX, "max_batch": 2, "min_batch": 2, "opt_batch": 2},
+    "ort-qwen-1024": _ORT,
     "ort-flux-1024": {
-        **_SHORT,
-        "model": "flux-kontext",
-        "num_layers": 4,
-        "front_depth": 2,
+        **_ORT,
+        **_FLUX,
         "layers": (3,),
         "config": {**_NARROW, "num_single_layers": 1, "num_layers": 3},
-        "ladder": (128, 512, 1024),
-        "max_batch": 1,
     },
-    "ort-qwen-1024-batch-2": {
-        **_SHORT,
-        "num_layers": 4,
-        "front_depth": 2,
-        "config": _NARROW,
-        "ladder": (512,),
-        "max_batch": 2,
-    },
+    "ort-qwen-1024-batch-2": {**_ORT, "ladder": (512,), "max_batch": 2},
 }
 
 
@@ -165,17 +109,18 @@ def children_watched() -> Iterator[dict[int, int]]:
 
     Read off each one's own status: `getrusage` counts what its parent had when it was started.
     """
+    import psutil
+
     peaks: dict[int, int] = {}
     is_over = threading.Event()
+    parent = psutil.Process()
 
     def watch() -> None:
         while not is_over.wait(0.02):
-            for path in Path("/proc/self/task").glob("*/children"):
-                with suppress(OSError):
-                    for child in path.read_text(encoding="utf-8").split():
-                        command = Path(f"/proc/{child}/cmdline").read_bytes()
-                        if b"tensorrt.worker" in command:
-                            peaks[int(child)] = _status("VmHWM", child)
+            with suppress(psutil.Error, OSError):  # a child that has just ended
+                for child in parent.children():
+                    if any("tensorrt.worker" in word for word in child.cmdline()):
+                        peaks[child.pid] = peak_bytes(process=child.pid) or peaks.get(child.pid, 0)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -184,13 +129,6 @@ def children_watched() -> Iterator[dict[int, int]]:
     finally:
         is_over.set()
         thread.join()
-
-
-def _status(key: str, process: str = "self") -> int:
-    """A size in `/proc/<process>/status`, in bytes."""
-    text = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
-    found = text.partition(f"{key}:")[2].split()
-    return int(found[0]) * 1024 if found else 0
 
 
 def _sizes(options: Any) -> Iterator[dict[str, int]]:
@@ -228,10 +166,10 @@ def run_graph(path: str, sizes: dict[str, int]) -> dict[str, int]:
 
     session.run(None, inputs(dict.fromkeys(sizes, 1)))
     feed = inputs(sizes)
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    before = resident_bytes()
+    begin_peak()
     session.run(None, feed)
-    return {"bytes": _status("VmHWM") - before}
+    return {"bytes": (peak_bytes() or 0) - before}
 
 
 def estimate_case(name: str) -> dict[str, Any]:
@@ -392,7 +330,11 @@ def main() -> None:
             new = list(companion_rows(side))
             _show(new)
             rows += new
-    print(json.dumps({"command": "compare_estimate", "versions": _versions(), "rows": rows}))
+    print(
+        json.dumps(
+            {"command": "compare_estimate", "machine": describe_machine(None, 0), "rows": rows}
+        )
+    )
 
 
 def _show(rows: list[dict[str, Any]]) -> None:
@@ -402,18 +344,6 @@ def _show(rows: list[dict[str, Any]]) -> None:
             f"{row['measured_bytes']:>15,} {row['error_percent']:>7.1f} %\n"
         )
     sys.stderr.flush()
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for name in ("torch", "diffusers", "onnxruntime", "tensorrt-rtx"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
 
 
 if __name__ == "__main__":

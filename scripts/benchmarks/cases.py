@@ -1,7 +1,7 @@
 """What `bench.py` compares: models at one size each, and our ways to run them.
 
 A way is a transformer that takes diffusers' call, so that one loop drives them all. Those that are
-not ours are in `bench_others`.
+not ours are in `others`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from ditrim.engines.sets.manifest import Manifest
 from ditrim.runtime.caches.step_cache import Cache, StepCache
 from ditrim.runtime.denoising.denoiser import Denoiser
 from ditrim.runtime.policy import Policy
+from ditrim.runtime.profiling.measure import grid_of
 from ditrim.runtime.report import RunReport
 from ditrim.runtime.transformer import EngineTransformer, engine_transformer
 
@@ -235,7 +236,7 @@ def wide_case(
     engines, build_s = _engines(options, threads)
     built = engines.engine_set.manifest.transformer_config
     transformer = random_transformer(FAMILIES["qwen-edit"], built, 0, torch.float32)
-    grids: list[Grid] = [_grid(size.num_noisy), _grid(size.num_reference)]
+    grids: list[Grid] = [(1, *grid_of(count)) for count in (size.num_noisy, size.num_reference)]
     generator = torch.Generator().manual_seed(1)
     embeds = torch.randn(1, size.num_text, built["joint_attention_dim"], generator=generator)
     call = _call_of(size, grids, built, embeds)
@@ -323,12 +324,6 @@ def _call_of(size: CallSize, grids: list[Grid], config: Any, embeds: Tensor) -> 
         "attention_kwargs": {},
         "return_dict": False,
     }
-
-
-def _grid(tokens: int) -> Grid:
-    from ditrim.runtime.profiling.measure import grid_of
-
-    return (1, *grid_of(tokens))
 
 
 def _size_text(size: CallSize) -> str:

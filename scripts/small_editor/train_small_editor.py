@@ -14,17 +14,17 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
+from batches import EditBatches, TrainingConfig
+from diffusers import FlowMatchEulerDiscreteScheduler
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import load_file
 from torch import nn
+from trainee import RealRopeAttention, Trainee, flow_matching_loss
 
 from ditrim.runtime.small_editor.evaluation import (
     draw_contact_sheet,
@@ -32,247 +32,10 @@ from ditrim.runtime.small_editor.evaluation import (
     write_json,
     write_samples,
 )
-from ditrim.runtime.small_editor.modules import PixelVAE, WordEmbedder, build_transformer
+from ditrim.runtime.small_editor.modules import PixelVAE
 from ditrim.runtime.small_editor.pipeline import SmallEditPipeline
-from ditrim.runtime.small_editor.scenes import (
-    CATEGORIES,
-    PICTURE_SIZE,
-    EditExample,
-    sample_edit,
-    training_generator,
-)
+from ditrim.runtime.small_editor.scenes import CATEGORIES
 from ditrim.runtime.small_editor.vocabulary import WordTokenizer
-
-NUM_NOISY = (PICTURE_SIZE // 4) ** 2
-# Padding every batch to one length keeps the shapes few, which `--compile` needs.
-LONGEST_PROMPT = "add the object of the second picture in the bottom right corner"
-# One batch has one layout: (probability, size of the first reference, categories with weights).
-Buckets = tuple[tuple[float, str, tuple[tuple[str, float], ...]], ...]
-BUCKETS: Buckets = (
-    (0.48, "same", (("local", 0.65), ("global", 0.25), ("camera", 0.10))),
-    (0.28, "large", (("local", 0.48), ("global", 0.20), ("camera", 0.32))),
-    (0.17, "same", (("transfer", 1.0),)),
-    (0.07, "large", (("transfer", 1.0),)),
-)
-# The same from the second phase on, when global edits are nearly learnt.
-SECOND_BUCKETS: Buckets = (
-    (0.54, "same", (("local", 0.75), ("global", 0.17), ("camera", 0.08))),
-    (0.25, "large", (("local", 0.52), ("global", 0.14), ("camera", 0.34))),
-    (0.15, "same", (("transfer", 1.0),)),
-    (0.06, "large", (("transfer", 1.0),)),
-)
-# And from the third: naming one shape among several of its colour is what is learnt last.
-THIRD_BUCKETS: Buckets = (
-    (0.64, "same", (("local", 0.86), ("global", 0.09), ("camera", 0.05))),
-    (0.18, "large", (("local", 0.70), ("global", 0.08), ("camera", 0.22))),
-    (0.14, "same", (("transfer", 1.0),)),
-    (0.04, "large", (("transfer", 1.0),)),
-)
-
-# Learning rate from the level part on: (share of the steps, share of the rate), linear between.
-# The third phase warms up once more, and so does the fourth, which is the third for longer.
-DECAY: tuple[tuple[float, float], ...] = (
-    (2800 / 14000, 1.0),
-    (3500 / 14000, 5 / 12),
-    (4700 / 14000, 0.0),
-    (4740 / 14000, 0.6),
-    (5500 / 14000, 0.0),
-    (5600 / 14000, 0.8),
-    (1.0, 0.0),
-)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainingConfig:
-    """What decides a run's weights, next to the library versions."""
-
-    steps: int = 14000
-    seed: int = 0
-    batch_size: int = 16
-    learning_rate: float = 1e-3
-    warm_up: int = 150
-    weight_decay: float = 0.01
-    ema_decay: float = 0.998
-    caption_dropout: float = 0.08
-    # The first phase learns to copy. The second attends to what the instruction changes: it draws
-    # more of the high noise levels, at which that is decided, and weighs edited pixels more. The
-    # third draws more local edits, and more pictures in which shapes share a colour.
-    second_phase: int = 2000  # its first step
-    third_phase: int = 4700  # its first step
-    sigma_shift: float = 2.5
-    edit_weight: float = 3.0  # added to 1 inside the edit mask of local edits and transfers
-    num_layers: int = 6
-    optimizer: str = "adamw"
-
-    def rate(self, step: int) -> float:
-        """The learning rate of `step`: linear warm-up, level, then down as `DECAY` says.
-
-        Until the decay begins the number of steps does not matter, so that a run may be resumed
-        with another one and still be the run that had it from the start.
-        """
-        rise = (step + 1) / self.warm_up
-        ends, shares = zip(*DECAY, strict=True)
-        fall = float(np.interp(step, [end * self.steps for end in ends], shares))
-        return self.learning_rate * min(1.0, rise, fall)
-
-
-class EditBatches(torch.utils.data.Dataset[dict[str, Any]]):
-    """Item `step` is the whole batch of that step, a function of the seed and the step."""
-
-    def __init__(self, config: TrainingConfig) -> None:
-        self.config = config
-        self.tokenizer = WordTokenizer()
-
-    def __len__(self) -> int:
-        return self.config.steps
-
-    def __getitem__(self, step: int) -> dict[str, Any]:
-        config = self.config
-        rng = training_generator(config.seed, step)
-        is_second = step >= config.second_phase
-        is_third = step >= config.third_phase
-        buckets = THIRD_BUCKETS if is_third else SECOND_BUCKETS if is_second else BUCKETS
-        _, size, categories = buckets[rng.choice(len(buckets), p=[b[0] for b in buckets])]
-        names, weights = zip(*categories, strict=True)
-        edits = []
-        for _ in range(config.batch_size):
-            category = str(rng.choice(names, p=weights))
-            edit = sample_edit(rng, category, "train", size)  # type: ignore[arg-type]
-            if is_third and category == "local" and not has_shared_colour(edit):
-                edit = sample_edit(rng, category, "train", size)  # type: ignore[arg-type]
-            edits.append(edit)
-        dropped = rng.random(config.batch_size) < config.caption_dropout
-        prompts = ["" if drop else e.prompt for e, drop in zip(edits, dropped, strict=True)]
-        tokens, mask = self.tokenizer([*prompts, LONGEST_PROMPT])
-        strata = (np.arange(config.batch_size) + rng.random(config.batch_size)) / config.batch_size
-        sigma = rng.permutation(strata).astype(np.float32)
-        masks = np.stack([edit.edit_mask for edit in edits]).astype(np.float32)
-        masks *= np.array([edit.category in ("local", "transfer") for edit in edits])[:, None, None]
-        if is_second:
-            sigma = config.sigma_shift * sigma / (1 + (config.sigma_shift - 1) * sigma)
-        return {
-            "tokens": torch.tensor(tokens[:-1]),
-            "mask": torch.tensor(mask[:-1], dtype=torch.bool),
-            "sigma": torch.from_numpy(sigma),
-            "weight": torch.from_numpy(1 + masks * (config.edit_weight if is_second else 0.0)),
-            "noise": torch.from_numpy(
-                rng.standard_normal((config.batch_size, NUM_NOISY, 48), dtype=np.float32)
-            ),
-            "target": as_tensor([edit.target for edit in edits]),
-            "references": [
-                as_tensor([edit.references[number] for edit in edits])
-                for number in range(len(edits[0].references))
-            ],
-        }
-
-
-def has_shared_colour(edit: EditExample) -> bool:
-    """Whether two of the shapes that are drawn have one colour."""
-    colours = [colour for colour, _ in edit.pairs]
-    return len(set(colours)) < len(colours)
-
-
-def as_tensor(pictures: list[np.ndarray]) -> torch.Tensor:
-    """uint8 pictures (H, W, 3) as one tensor (B, 3, H, W) in [-1, 1]."""
-    stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-    return stacked.float() / 127.5 - 1
-
-
-class RealRopeAttention:
-    """diffusers' Qwen joint attention with real-valued RoPE and, on a CPU, explicit products.
-
-    The same function as `QwenDoubleStreamAttnProcessor2_0`; used in training only, where the
-    backward pass of the CPU's fused attention takes three times as long as that of two products.
-    `image_rotary_emb` is (cos, sin), each (T + L, D / 2), text first; the mask is additive.
-    """
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: torch.Tensor,  # (B, L, d)
-        encoder_hidden_states: torch.Tensor,  # (B, T, d)
-        encoder_hidden_states_mask: torch.Tensor,  # (B, 1, 1, T + L)
-        attention_mask: None = None,  # always passed by diffusers, never used
-        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        assert image_rotary_emb is not None
-        num_text = encoder_hidden_states.shape[1]
-        cos, sin = image_rotary_emb
-
-        def split(states: torch.Tensor) -> torch.Tensor:
-            return states.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, H, L, D)
-
-        def rotate(states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-            real, imaginary = states.float().unflatten(-1, (-1, 2)).unbind(-1)
-            turned = (real * cos - imaginary * sin, real * sin + imaginary * cos)
-            return torch.stack(turned, dim=-1).flatten(-2).to(dtype)
-
-        text, image = encoder_hidden_states, hidden_states
-        query_text = attn.norm_added_q(split(attn.add_q_proj(text)))
-        key_text = attn.norm_added_k(split(attn.add_k_proj(text)))
-        query = torch.cat([query_text, attn.norm_q(split(attn.to_q(image)))], dim=2)
-        key = torch.cat([key_text, attn.norm_k(split(attn.to_k(image)))], dim=2)
-        value = torch.cat([split(attn.add_v_proj(text)), split(attn.to_v(image))], dim=2)
-        query, key = rotate(query, value.dtype), rotate(key, value.dtype)
-        if value.device.type == "cpu":
-            query = query * query.shape[-1] ** -0.5
-            scores = torch.matmul(query, key.transpose(-1, -2)) + encoder_hidden_states_mask
-            joint = torch.matmul(torch.softmax(scores, dim=-1), value)
-        else:
-            joint = F.scaled_dot_product_attention(
-                query, key, value, attn_mask=encoder_hidden_states_mask
-            )
-        joint = joint.transpose(1, 2).flatten(2)
-        return attn.to_out[0](joint[:, num_text:]), attn.to_add_out(joint[:, :num_text])
-
-
-class Trainee(nn.Module):
-    """The two trained modules together: the transformer and the word embedding."""
-
-    def __init__(self, config: TrainingConfig) -> None:
-        super().__init__()
-        self.text_encoder = WordEmbedder(len(WordTokenizer()))
-        self.transformer = build_transformer(num_layers=config.num_layers)
-        nn.init.normal_(self.text_encoder.embedding.weight)
-
-    def forward(
-        self,
-        latents: torch.Tensor,  # (B, G + C, 48)
-        sigma: torch.Tensor,  # (B)
-        tokens: torch.Tensor,
-        mask: torch.Tensor,
-        shapes: list[tuple[int, int, int]],
-    ) -> torch.Tensor:
-        """Velocity of the noisy tokens, (B, G, 48).
-
-        What `QwenImageTransformer2DModel.forward` computes, but for precision under autocast: the
-        residual streams, the timestep and its embedding stay float32, since a timestep rounded to
-        bfloat16 would be off by up to two of its thousand units.
-        """
-        model: QwenImageTransformer2DModel = self.transformer
-        states = model.img_in(latents).float()
-        with torch.autocast(latents.device.type, enabled=False):
-            temb = model.time_text_embed(sigma, states)
-        text = model.txt_in(model.txt_norm(self.text_encoder(tokens))).float()
-        image_freqs, text_freqs = model.pos_embed(
-            [shapes], max_txt_seq_len=text.shape[1], device=latents.device
-        )
-        freqs = torch.cat([text_freqs, image_freqs])
-        rope = (freqs.real.contiguous(), freqs.imag.contiguous())
-        keep = torch.cat([mask, mask.new_ones(mask.shape[0], states.shape[1])], dim=1)
-        dtype = torch.bfloat16 if torch.is_autocast_enabled(latents.device.type) else text.dtype
-        bias = torch.zeros(keep.shape, dtype=dtype, device=keep.device)
-        bias = bias.masked_fill(~keep, -1e4)[:, None, None]
-        for block in model.transformer_blocks:
-            text, states = block(
-                hidden_states=states,
-                encoder_hidden_states=text,
-                encoder_hidden_states_mask=bias,
-                temb=temb,
-                image_rotary_emb=rope,
-            )
-        velocity: torch.Tensor = model.proj_out(model.norm_out(states[:, :NUM_NOISY], temb))
-        return velocity
 
 
 class Optimizers:
@@ -322,28 +85,6 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
-
-
-def flow_matching_loss(
-    trainee: Trainee, batch: dict[str, Any], vae: PixelVAE, device: torch.device, precision: str
-) -> torch.Tensor:
-    """Mean squared error of the predicted velocity over one batch, each pixel by its weight."""
-    target = vae.encode(batch["target"].to(device))  # (B, G, 48)
-    references = [vae.encode(reference.to(device)) for reference in batch["references"]]
-    noise, sigma = batch["noise"].to(device), batch["sigma"].to(device)
-    noisy = (1 - sigma[:, None, None]) * target + sigma[:, None, None] * noise
-    grids = [(1, r.shape[2] // 4, r.shape[3] // 4) for r in (batch["target"], *batch["references"])]
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
-    with autocast:
-        velocity = trainee(
-            torch.cat([noisy, *references], dim=1),
-            sigma,
-            batch["tokens"].to(device),
-            batch["mask"].to(device),
-            grids,
-        )
-    weight = vae.encode(batch["weight"].to(device)[:, None].expand(-1, 3, -1, -1))  # (B, G, 48)
-    return (weight * (velocity.float() - (noise - target)).square()).mean()
 
 
 def update_average(average: nn.Module, trainee: nn.Module, step: int, decay: float) -> None:
@@ -552,9 +293,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description=(__doc__ or "").split("\n", maxsplit=1)[0],
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="""example:
-  python scripts/train_small_editor.py --output training-out --compile
-  python scripts/train_small_editor.py --output training-out --compile --resume
-  python scripts/train_small_editor.py --output training-out --evaluate-only""",
+  python scripts/small_editor/train_small_editor.py --output training-out --compile
+  python scripts/small_editor/train_small_editor.py --output training-out --compile --resume
+  python scripts/small_editor/train_small_editor.py --output training-out --evaluate-only""",
     )
     parser.add_argument("--output", type=Path, default=Path("training-out"), help="folder")
     parser.add_argument("--steps", type=int, default=defaults.steps)

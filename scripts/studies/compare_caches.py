@@ -10,7 +10,8 @@ the full context without a cache in as many steps as a cache would leave.
 
 Example:
     calibrate-cache --engine engines-out/small --output small-cache.json
-    python scripts/compare_caches.py --engine engines-out/small --calibration small-cache.json
+    python scripts/studies/compare_caches.py --engine engines-out/small \\
+        --calibration small-cache.json
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from ditrim.runtime.caches.step_cache import (
     StepCache,
     relative_changes,
 )
+from ditrim.runtime.metrics import mean_interval, psnr_db
 from ditrim.runtime.small_editor import load_small_pipeline
 from ditrim.runtime.small_editor.scenes import (
     CATEGORIES,
@@ -45,7 +47,6 @@ from ditrim.runtime.small_editor.scenes import (
     sample_edit,
 )
 
-CAP_DB = 100.0
 _TUNING_WORD = 0x70E
 
 
@@ -67,17 +68,9 @@ class FrontRecorder:
         return CacheMemory(front=front, velocity=velocity)
 
 
-def psnr(first: np.ndarray, second: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two pictures in [0, 1], in dB."""
-    error = float(((first.astype(np.float64) - second.astype(np.float64)) ** 2).mean())
-    return min(CAP_DB, -10 * np.log10(error)) if error > 0 else CAP_DB
-
-
-def bootstrap_interval(values: Sequence[float], seed: int = 0) -> list[float]:
-    """95 % interval of the mean, 10,000 resamples."""
-    rng, array = np.random.default_rng(seed), np.asarray(values)
-    picks = rng.integers(0, len(array), (10_000, len(array)))
-    return [round(float(x), 2) for x in np.percentile(array[picks].mean(axis=1), [2.5, 97.5])]
+def interval_of(values: Sequence[float]) -> list[float]:
+    """95 % bootstrap interval of the mean."""
+    return [round(bound, 2) for bound in mean_interval(values)]
 
 
 def edit(
@@ -232,7 +225,7 @@ def _paired(
             ]
             paired[f"{label}, {share:g}"] = {
                 "gain_db": round(float(np.mean(gain)), 2),
-                "interval_db": bootstrap_interval(gain),
+                "interval_db": interval_of(gain),
             }
     return paired
 
@@ -253,7 +246,7 @@ def _summary_of(
         "reused_share": round(1 - calls / steps, 3),
         "back_calls": round(calls, 2),
         "mean_db": round(float(np.mean(db)), 2),
-        "interval_db": bootstrap_interval(db),
+        "interval_db": interval_of(db),
         "least_db": round(float(np.min(db)), 2),
         "median_speedup": round(float(np.median([r["ratio"] for r in rows])), 3),
     }
@@ -309,7 +302,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
                 base, base_ms = picture, report.total_ms
             rows[name].append(
                 {
-                    "db": psnr(picture, base),
+                    "db": psnr_db(picture, base, peak=1.0),
                     "back_calls": report.back_calls,
                     "ratio": base_ms / report.total_ms,
                 }

@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from bench_cases import Case, Way
 from torch import Tensor, nn
 
+from benchmarks.cases import Case, Way
 from ditrim.engines.cost.flops import MatrixProduct
+from ditrim.runtime.profiling.product import onnxruntime_product
 
 OTHERS = ("eager", "compile", "fbc", "onnxruntime")
 # Near 44 and 36 dB on training scenes of the small editor.
@@ -223,50 +223,20 @@ def _torch_products(products: list[MatrixProduct]) -> Callable[[], None]:
 
 def _ort_products(products: list[MatrixProduct], threads: int) -> Callable[[], None]:
     """Right operands are weights, packed beforehand as an engine's are, except attention's."""
-    import onnx
-    import onnxruntime as ort
-    from onnx import TensorProto, helper, numpy_helper
-
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # as the engines
-    generator = np.random.default_rng(0)
-    calls: dict[Any, tuple[Any, dict[str, Any], int]] = {}
+    calls: dict[Any, tuple[Callable[[], Any], int]] = {}
     for item in products:
-        key = (item.m, item.k, item.n, item.count if item.is_batched else 0)
         left, right, repeats = _shapes(item)
-        if key in calls:
-            session, feed, before = calls[key]
-            calls[key] = (session, feed, before + repeats)
-            continue
-        feed = {"left": generator.standard_normal(left, dtype=np.float32)}
-        weight = generator.standard_normal(right, dtype=np.float32)
-        values = [helper.make_tensor_value_info("left", TensorProto.FLOAT, left)]
-        constants = []
-        if item.is_batched:
-            feed["right"] = weight
-            values.append(helper.make_tensor_value_info("right", TensorProto.FLOAT, right))
-        else:
-            constants.append(numpy_helper.from_array(weight, "right"))
-        graph = helper.make_graph(
-            [helper.make_node("MatMul", ["left", "right"], ["out"])],
-            "product",
-            values,
-            [helper.make_tensor_value_info("out", TensorProto.FLOAT, None)],
-            constants,
+        key = left, right, item.is_batched
+        multiply, before = calls.get(key) or (
+            onnxruntime_product(left, right, threads, is_weight=not item.is_batched),
+            0,
         )
-        model = onnx.helper.make_model(
-            graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10
-        )
-        session = ort.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-        calls[key] = (session, feed, repeats)
+        calls[key] = multiply, before + repeats
 
     def run() -> None:
-        for session, feed, repeats in calls.values():
+        for multiply, repeats in calls.values():
             for _ in range(repeats):
-                session.run(None, feed)
+                multiply()
 
     return run
 

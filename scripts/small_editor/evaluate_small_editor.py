@@ -7,7 +7,7 @@ the difference to random dropping is paired, with a 95 % bootstrap interval, by 
 equal to the full-context one counts as 100 dB. `evaluate-policies` compares any policies and more.
 
 Example:
-    python scripts/evaluate_small_editor.py --engine engines-out/small --edits 64
+    python scripts/small_editor/evaluate_small_editor.py --engine engines-out/small --edits 64
 """
 
 from __future__ import annotations
@@ -118,17 +118,11 @@ def evaluate(
 
 def main() -> int:
     arguments = parse_arguments()
-    result = evaluate(
-        arguments.engine,
-        arguments.edits,
-        arguments.tau,
-        arguments.interval,
-        arguments.steps,
-        arguments.seed,
-        arguments.split,
-    )
-    if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    options = vars(arguments)
+    output = options.pop("output")
+    result = evaluate(**options)
+    if output:
+        output.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result))
     return 0
 

@@ -1,98 +1,22 @@
-"""The tables of `bench.py`'s results: on a terminal, and as Markdown."""
+"""The tables of `bench.py`'s results."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from benchmarks.tables import Section, machine_text, markdown, share
+
 MOST_OTHERS, MOST_NOISE = 0.05, 0.1
-BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Text:
-    """A table, or where it has no columns, lines of text.
-
-    Attributes:
-        title: above it; empty where there is none.
-        columns: the first is left-aligned.
-        rows: as shown.
-        notes: below it.
-    """
-
-    title: str = ""
-    columns: tuple[str, ...] = ()
-    rows: Sequence[tuple[str, ...]] = ()
-    notes: tuple[str, ...] = ()
-
-
-def print_tables(result: dict[str, Any]) -> None:
-    """All tables, on standard error."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(stderr=True, width=None if os.isatty(2) else 120)
-    for text in tables(result):
-        if text.columns:
-            table = Table(title=text.title, title_justify="left")
-            for number, column in enumerate(text.columns):
-                table.add_column(column, justify="right" if number else "left")
-            for row in text.rows:
-                table.add_row(*row)
-            console.print(table)
-        for note in text.notes:
-            console.print(f"- {note}", highlight=False)
 
 
 def document_text(result: dict[str, Any]) -> str:
-    """The same as Markdown."""
-    machine = result["machine"]
-    versions = ", ".join(
-        f"{name} {machine['versions'][name]}"
-        for name in ("onnxruntime", "torch", "diffusers")
-        if name in machine["versions"]
-    )
-    lines = [
-        f"{machine['name']}, {machine['cores']} cores, {machine['threads']} threads, {versions}, "
-        f"float32; {result['seconds'] / 60:.0f} minutes.",
-        "",
-        "```",
-        result["command"],
-        "```",
-    ]
-    for text in tables(result):
-        lines.append("")
-        if text.title:
-            lines += [f"### {text.title}", ""]
-        if text.columns:
-            lines.append("| " + " | ".join(text.columns) + " |")
-            lines.append("|" + "---|" * len(text.columns))
-            lines += ["| " + " | ".join(row) + " |" for row in text.rows]
-        if text.notes:
-            lines += ["", *(f"- {note}" for note in text.notes)]
-    return "\n".join(lines)
+    """The tables as Markdown, with what they were measured on."""
+    seen = f"{machine_text(result['machine'])}, float32; {result['seconds'] / 60:.0f} minutes."
+    return f"{seen}\n\n```\n{result['command']}\n```\n\n{markdown(tables(result))}"
 
 
-def replace_section(path: Path, text: str) -> None:
-    """Put a text between the two marks of a file.
-
-    Raises:
-        SystemExit: the marks are not there.
-    """
-    content = path.read_text(encoding="utf-8")
-    if content.count(BEGIN) != 1 or content.count(END) != 1:
-        raise SystemExit(f"error: {path} needs one line {BEGIN!r} and one {END!r} after it")
-    before, rest = content.split(BEGIN)
-    after = rest.split(END)[1]
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
-    os.replace(beside, path)
-
-
-def tables(result: dict[str, Any]) -> Iterator[Text]:
+def tables(result: dict[str, Any]) -> Iterator[Section]:
     """Bounds first, then model by model edits, steps and rungs."""
     yield _bounds(result)
     for case in result["cases"].values():
@@ -101,11 +25,11 @@ def tables(result: dict[str, Any]) -> Iterator[Text]:
         yield _rungs(case)
 
 
-def _bounds(result: dict[str, Any]) -> Text:
+def _bounds(result: dict[str, Any]) -> Section:
     rows = []
     for bound in result["bounds"]:
-        limit = f"≥ {bound['least']:g}" if bound["most"] is None else f"≤ {_share(bound['most'])}"
-        show = _number if bound["most"] is None else _share
+        limit = f"≥ {bound['least']:g}" if bound["most"] is None else f"≤ {share(bound['most'])}"
+        show = "{:.3f}".format if bound["most"] is None else share
         of = f" ({bound['of']})" if bound["of"] else ""
         rows.append(
             (
@@ -123,7 +47,7 @@ def _bounds(result: dict[str, Any]) -> Text:
     notes += noise_complaints(result)
     if result["is_quick"]:
         notes.append("A quick run of few rounds, on a tiny second model: it says nothing of speed.")
-    return Text(
+    return Section(
         title="Bounds",
         columns=("bound", "limit", "measured", "interval", ""),
         rows=rows,
@@ -146,10 +70,10 @@ def noise_complaints(result: dict[str, Any]) -> list[str]:
     found = []
     for name, case in result["cases"].items():
         for what, part in (("single steps", case), ("whole edits", case["edits"])):
-            share = part["others_share"]
-            if share is not None and share > MOST_OTHERS:
+            others = part["others_share"]
+            if others is not None and others > MOST_OTHERS:
                 found.append(
-                    f"{name}: other processes took {share:.0%} of the cores during {what}: too "
+                    f"{name}: other processes took {others:.0%} of the cores during {what}: too "
                     "much to trust these figures; stop other work and measure again."
                 )
         noises = sorted(row["ms"]["noise"] for row in [*case["steps"], *case["rungs"]])
@@ -162,7 +86,7 @@ def noise_complaints(result: dict[str, Any]) -> list[str]:
     return found
 
 
-def _edits(case: dict[str, Any]) -> Text:
+def _edits(case: dict[str, Any]) -> Section:
     edits = case["edits"]
     is_picture = edits["quality"] == "psnr_db"
     rows = []
@@ -196,7 +120,7 @@ def _edits(case: dict[str, Any]) -> Text:
     if prepared:
         notes.append(f"Made once beforehand, not counted: {prepared}.")
     quality = "PSNR, dB (least)" if is_picture else "difference"
-    return Text(
+    return Section(
         title=f"Whole edits: {case['title']}",
         columns=("way", "s", "times as fast", "steps computed", "kept", quality),
         rows=rows,
@@ -204,7 +128,7 @@ def _edits(case: dict[str, Any]) -> Text:
     )
 
 
-def _steps(case: dict[str, Any]) -> Text:
+def _steps(case: dict[str, Any]) -> Section:
     rows = [
         (
             row["way"],
@@ -220,13 +144,13 @@ def _steps(case: dict[str, Any]) -> Text:
         for name, rate in products["product_gflop_s"].items()
     )
     shares = "; ".join(
-        f"{_share(share['share'])} with {kept} tokens kept (scoring {_share(share['scoring'])}, "
-        f"selection {_share(share['selection'])}, gather {_share(share['gather'])})"
-        for kept, share in scoring["shares"].items()
+        f"{share(part['share'])} with {kept} tokens kept (scoring {share(part['scoring'])}, "
+        f"selection {share(part['selection'])}, gather {share(part['gather'])})"
+        for kept, part in scoring["shares"].items()
     )
     low, high = scoring["scoring_ms_interval"]
     full = case["outside_engines"]["ditrim, full context"]["median"]
-    return Text(
+    return Section(
         title=f"One step: {case['title']}",
         columns=("way", "ms", "spread", "times as fast"),
         rows=rows,
@@ -238,13 +162,13 @@ def _steps(case: dict[str, Any]) -> Text:
             f"Scoring takes {scoring['scoring_ms']:.3g} ms of an anchor ({low:.3g} to {high:.3g}, "
             f"{scoring['pairs']} pairs), selection {scoring['selection_ms']:.3g} ms. Scoring, "
             f"selection and gather of a run of 40 steps with an anchor every 10: {shares}.",
-            f"Outside the engines the runtime spends {_share(full)} of a full step.",
+            f"Outside the engines the runtime spends {share(full)} of a full step.",
         ),
     )
 
 
-def _rungs(case: dict[str, Any]) -> Text:
-    return Text(
+def _rungs(case: dict[str, Any]) -> Section:
+    return Section(
         title=f"Reduced steps: {case['title']}",
         columns=(
             "reference tokens", "ms", "spread", "times as fast as full", "by operations", "ratio",
@@ -267,14 +191,6 @@ def _rungs(case: dict[str, Any]) -> Text:
 
 def _ratio(found: dict[str, Any] | None) -> str:
     return "" if found is None else f"{found['median']:.2f}"
-
-
-def _number(value: float) -> str:
-    return f"{value:.3f}"
-
-
-def _share(value: float) -> str:
-    return f"{100 * value:.3g} %"
 
 
 def _quality(values: Sequence[float], *, is_picture: bool) -> str:

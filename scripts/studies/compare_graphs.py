@@ -10,7 +10,7 @@ that what slows the machine slows both. Figures are medians, ratios are assemble
 one line of JSON.
 
 Example:
-    python scripts/compare_graphs.py --repeats 7
+    python scripts/studies/compare_graphs.py --repeats 7
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from ditrim.runtime.profiling.machine import describe_machine, memory_of_process
 
 NUM_LAYERS, FRONT_DEPTH, LAYERS = 6, 1, (3, 4)
 CONFIG: dict[str, Any] = {
@@ -89,26 +91,15 @@ def open_session(path: Path, threads: int) -> Any:
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def memory_of_this_process() -> dict[str, int]:
-    """Bytes that this process has in memory, and at most had; of them those of mapped files."""
-    lines = dict(
-        line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if line
-    )
-    return {
-        name: int(lines[key].split()[0]) * 1024
-        for name, key in (("peak", "VmHWM"), ("resident", "VmRSS"), ("of_files", "RssFile"))
-    }
-
-
 def load(path: Path, threads: int) -> dict[str, Any]:
     """Load a graph, in a process of its own."""
     import onnxruntime  # noqa: F401
 
-    before = memory_of_this_process()["resident"]
+    before = memory_of_process()["rss"]
     start = time.perf_counter()
     session = open_session(path, threads)
     seconds = time.perf_counter() - start
-    after = memory_of_this_process()
+    after = memory_of_process()
     assert session.get_inputs()
     return {"seconds": seconds, "before": before, **after}
 
@@ -216,7 +207,7 @@ def compare(root: Path, stored: str, tokens: int, repeats: int, threads: int) ->
                 "seconds": summary([item["seconds"] for item in loads[form]]),
                 **{
                     f"{key}_mb": round(statistics.median(item[key] for item in loads[form]) / 1e6)
-                    for key in ("before", "peak", "resident", "of_files")
+                    for key in ("before", "peak", "rss", "of_files")
                 },
             }
         pairs = zip(loads["assembled"], loads["traced"], strict=True)
@@ -264,7 +255,8 @@ def main() -> int:
         )
     loads.append(os.getloadavg()[0])
     settings = {"config": CONFIG, "tokens": options.tokens, "repeats": options.repeats}
-    document = {"settings": settings, **result, "cpu_count": os.cpu_count(), "load_average": loads}
+    machine = describe_machine(None, options.threads)
+    document = {"settings": settings, **result, "machine": machine, "load_average": loads}
     print(json.dumps(document))
     return 0
 

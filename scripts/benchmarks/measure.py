@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import gc
-import os
 import random
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from bench_cases import INTERVAL, Case, Ours, Way
-from bench_others import product_runners
 
+from benchmarks.cases import INTERVAL, Case, Ours, Way
+from benchmarks.others import product_runners
 from ditrim.engines.cost.flops import call_flops, graph_products
-from ditrim.plugins.layout import Layout
-from ditrim.runtime.denoising.calls import Clock, EngineCalls
-from ditrim.runtime.denoising.inputs import ModelInputs
-from ditrim.runtime.denoising.rope import rope_for
 from ditrim.runtime.metrics import psnr_db
 from ditrim.runtime.policies.topi import ToPi
 from ditrim.runtime.policy import FullContext, Policy
+from ditrim.runtime.profiling.machine import OtherProcesses
+from ditrim.runtime.profiling.measure import Geometry, Meter
 from ditrim.runtime.profiling.profile import statistics_of
+from ditrim.runtime.profiling.rounds import Rounds
 
 STEPS = 40  # of the run that scoring is a share of
 SETTLE_SECONDS = 0.02
@@ -44,9 +41,8 @@ class Progress:
         from rich.console import Console
         from rich.progress import Progress as Bar
 
-        self._console = Console(stderr=True)
-        self._bar = Bar(console=self._console, transient=True, disable=not sys.stderr.isatty())
-        self._task: Any = None
+        console = Console(stderr=True)
+        self._bar = Bar(console=console, transient=True, disable=not console.is_terminal)
 
     def __enter__(self) -> Progress:
         self._bar.start()
@@ -55,20 +51,16 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def say(self, text: str) -> None:
-        """What is being done."""
-        self._console.print(text, highlight=False)
-
-    def begin(self, text: str, total: int) -> None:
+    def begin(self, text: str, total: int | None = None) -> None:
         """A new stage."""
-        self.say(text)
-        if self._task is not None:
-            self._bar.remove_task(self._task)
-        self._task = self._bar.add_task(text, total=total)
+        self._bar.console.print(text, highlight=False)
+        for task in self._bar.task_ids:
+            self._bar.remove_task(task)
+        self._bar.add_task(text, total=total)
 
     def advance(self) -> None:
         """One more thing done."""
-        self._bar.advance(self._task)
+        self._bar.advance(self._bar.task_ids[-1])
 
 
 def fixed_count(count: int) -> ToPi:
@@ -76,107 +68,28 @@ def fixed_count(count: int) -> ToPi:
     return ToPi(tau=0.0, min_kept=count, max_kept=count, is_static=True)
 
 
-class Idle:
-    """How much of the cores other processes take, from now on."""
+def time_step(rounds: Rounds, name: str, case: Case, transformer: Any, burst: int) -> None:
+    """One sample of a way, and what its engines took of it.
 
-    def __init__(self) -> None:
-        self._start = self._now()
-
-    def others_share(self) -> float | None:
-        """Of all cores, 0 to 1; none where the system does not tell."""
-        now = self._now()
-        if now is None or self._start is None:
-            return None
-        busy, own, every = (b - a for a, b in zip(self._start, now, strict=True))
-        return round(max(0.0, busy - own) / every, 3) if every > 0 else None
-
-    @staticmethod
-    def _now() -> tuple[float, float, float] | None:
-        """Seconds that the cores were busy, with this process, and in all."""
-        try:
-            words = Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
-        except OSError:
-            return None  # only Linux has it
-        ticks = [int(word) / os.sysconf("SC_CLK_TCK") for word in words]
-        times = os.times()
-        idle = ticks[3] + ticks[4]  # and waiting for disks; what is stolen counts as busy
-        return sum(ticks) - idle, times.user + times.system, sum(ticks)
-
-
-class StepTimer:
-    """Times single calls of one way, with what its engines took of them."""
-
-    def __init__(self, case: Case, transformer: Any, burst: int) -> None:
-        self.samples: list[float] = []
-        self.parts: dict[str, list[float]] = {}
-        self._case, self._transformer, self._burst = case, transformer, burst
-
-    def run(self) -> None:
-        """One sample: a call, or the median of a burst after one that is not timed."""
-        is_ours = isinstance(self._transformer, Ours)
-        found: list[dict[str, float]] = []
-        for number in range(self._burst + (self._burst > 1)):
-            start = time.perf_counter()
-            self._case.step(self._transformer)
-            milliseconds = (time.perf_counter() - start) * 1e3
-            one = {"ms": milliseconds}
-            if is_ours:
-                record = self._transformer.report.steps.pop()
-                for part in ("front", "back", "select", "gather"):
-                    one[part] = getattr(record, f"{part}_ms")
-                one["outside"] = (milliseconds - record.front_ms - record.back_ms) / milliseconds
-            if number > 0 or self._burst == 1:
-                found.append(one)
-        for key in found[0]:
-            value = statistics.median(one[key] for one in found)
-            (self.samples if key == "ms" else self.parts.setdefault(key, [])).append(value)
-
-    def clear(self) -> None:
-        """Forget the warm-up."""
-        self.samples.clear()
-        for values in self.parts.values():
-            values.clear()
-
-
-class CallTimer:
-    """Times a function without arguments."""
-
-    def __init__(self, call: Callable[[], None]) -> None:
-        self.samples: list[float] = []
-        self._call = call
-
-    def run(self) -> None:
-        """One sample."""
+    A call, or the medians of a burst of them after one that is not timed.
+    """
+    found: list[dict[str, float]] = []
+    for number in range(burst + (burst > 1)):
         start = time.perf_counter()
-        self._call()
-        self.samples.append((time.perf_counter() - start) * 1e3)
-
-    def clear(self) -> None:
-        """Forget the warm-up."""
-        self.samples.clear()
-
-
-def run_rounds(
-    timers: Sequence[StepTimer | CallTimer], rounds: int, warmup: int, told: Callable[[], None]
-) -> None:
-    """Every timer once a round, in an order drawn anew."""
-    gc.collect()
-    gc.disable()
-    try:
-        for number in range(warmup + rounds):
-            if number == warmup:
-                for timer in timers:
-                    timer.clear()
-            for timer in random.Random(number).sample(list(timers), len(timers)):
-                time.sleep(SETTLE_SECONDS)
-                timer.run()
-                told()
-    finally:
-        gc.enable()
+        case.step(transformer)
+        one = {"ms": (time.perf_counter() - start) * 1e3}
+        if isinstance(transformer, Ours):
+            record = transformer.report.steps.pop()
+            one |= {part: getattr(record, f"{part}_ms") for part in ("select", "gather")}
+            one["outside"] = (one["ms"] - record.front_ms - record.back_ms) / one["ms"]
+        if number > 0 or burst == 1:
+            found.append(one)
+    for key in found[0]:
+        rounds.add((name, key), statistics.median(one[key] for one in found))
 
 
 @torch.no_grad()
-def measure_steps(case: Case, ways: list[Way], rounds: int, progress: Progress) -> dict[str, Any]:
+def measure_steps(case: Case, ways: list[Way], repeats: int, progress: Progress) -> dict[str, Any]:
     """Single calls of every way, of an anchor and of every rung, and plain matrix products."""
     size, manifest = case.size, case.manifest
     rungs = [rung for rung in manifest.ladder.rungs if rung < size.num_reference]
@@ -193,31 +106,39 @@ def measure_steps(case: Case, ways: list[Way], rounds: int, progress: Progress) 
         if name.startswith("rung"):
             case.step(transformers[name])  # the anchor before reduced steps
     check_agreement(case, transformers)
-    steps = {name: StepTimer(case, found, burst) for name, found in transformers.items()}
     front = graph_products(manifest.transformer_config, "qwen", range(0, 1), size, "front")
     back = graph_products(
         manifest.transformer_config, "qwen", range(1, manifest.num_layers), size, "back"
     )
-    products = {
-        name: CallTimer(run)
-        for name, run in product_runners([*front, *back], torch.get_num_threads()).items()
-    }
-    timers = [*steps.values(), *products.values()]
-    progress.begin(f"{case.name}: single steps", (rounds + 1) * len(timers))
-    idle = Idle()
-    run_rounds(timers, rounds, 1, progress.advance)
-    others_share = idle.others_share()
+    products = product_runners([*front, *back], torch.get_num_threads())
+    rounds = Rounds(SETTLE_SECONDS)
+    parts = [
+        *(
+            partial(time_step, rounds, name, case, transformer, burst)
+            for name, transformer in transformers.items()
+        ),
+        *(partial(rounds.timed, (name, "ms"), run) for name, run in products.items()),
+    ]
+    progress.begin(f"{case.name}: single steps", repeats + 1)
+    others = OtherProcesses()
+    rounds.run(lambda: rounds.turn(parts), repeats, 1, lambda *_: progress.advance())
+    others_share = others.share()
+    samples = {name: rounds.samples[name, "ms"] for name in (*transformers, *products)}
     return {
-        "rounds": rounds,
+        "rounds": repeats,
         "others_share": others_share,
         "calls_a_sample": burst,
-        "steps": step_rows(steps),
-        "rungs": rung_rows(case, steps, rungs),
-        "products": product_row(steps[FULL], products, sum(p.flops for p in [*front, *back])),
-        "scoring": scoring_row(case, steps, rungs, rounds, progress),
+        "steps": step_rows({name: samples[name] for name in transformers}),
+        "rungs": rung_rows(case, rounds, rungs),
+        "products": product_row(
+            samples[FULL],
+            {name: samples[name] for name in products},
+            sum(product.flops for product in [*front, *back]),
+        ),
+        "scoring": scoring_row(case, rounds, rungs, 2 * repeats, progress),
         "outside_engines": {
-            name: summary(timer.parts["outside"])
-            for name, timer in steps.items()
+            name: summary(rounds.samples[name, "outside"])
+            for name in transformers
             if name == FULL or name.startswith("rung")
         },
     }
@@ -249,24 +170,25 @@ def ratio(slower: Sequence[float], faster: Sequence[float]) -> dict[str, Any]:
     return summary([a / b for a, b in zip(slower, faster, strict=True)])
 
 
-def step_rows(steps: dict[str, StepTimer]) -> list[dict[str, Any]]:
+def step_rows(samples: dict[str, list[float]]) -> list[dict[str, Any]]:
     """The full-context ways and the anchor."""
-    eager = steps.get(EAGER)
+    eager = samples.get(EAGER)
     return [
         {
             "way": name,
-            "ms": summary(timer.samples),
-            "against_eager": ratio(eager.samples, timer.samples) if eager else None,
-            "full_is_faster": ratio(timer.samples, steps[FULL].samples),
+            "ms": summary(taken),
+            "against_eager": ratio(eager, taken) if eager else None,
+            "full_is_faster": ratio(taken, samples[FULL]),
         }
-        for name, timer in steps.items()
+        for name, taken in samples.items()
         if not name.startswith("rung")
     ]
 
 
-def rung_rows(case: Case, steps: dict[str, StepTimer], rungs: list[int]) -> list[dict[str, Any]]:
+def rung_rows(case: Case, rounds: Rounds, rungs: list[int]) -> list[dict[str, Any]]:
     """Measured speed-up over the full context against what counting operations predicts."""
-    manifest, eager = case.manifest, steps.get(EAGER)
+    manifest, samples = case.manifest, rounds.samples
+    eager = samples.get((EAGER, "ms"))
 
     def flops(kept: int) -> int:
         return sum(
@@ -275,95 +197,71 @@ def rung_rows(case: Case, steps: dict[str, StepTimer], rungs: list[int]) -> list
 
     rows = []
     for rung in rungs:
-        timer = steps[f"rung {rung}"]
+        taken, gather = (samples[f"rung {rung}", part] for part in ("ms", "gather"))
         predicted = flops(case.size.num_reference) / flops(rung)
-        measured = [a / b for a, b in zip(steps[FULL].samples, timer.samples, strict=True)]
+        measured = [a / b for a, b in zip(samples[FULL, "ms"], taken, strict=True)]
         rows.append(
             {
                 "rung": rung,
-                "ms": summary(timer.samples),
+                "ms": summary(taken),
                 "speedup": summary(measured),
                 "predicted": round(predicted, 4),
                 "of_predicted": summary([value / predicted for value in measured]),
-                "against_eager": ratio(eager.samples, timer.samples) if eager else None,
-                "gather_ms": summary(timer.parts["gather"]) if rung < rungs[-1] else None,
+                "against_eager": ratio(eager, taken) if eager else None,
+                "gather_ms": summary(gather) if rung < rungs[-1] else None,
             }
         )
     return rows
 
 
-def product_row(full: StepTimer, products: dict[str, CallTimer], flops: int) -> dict[str, Any]:
+def product_row(full: list[float], products: dict[str, list[float]], flops: int) -> dict[str, Any]:
     """The full step's rate against plain products of the same shapes, by the faster library."""
-    medians = {name: statistics.median(timer.samples) for name, timer in products.items()}
+    medians = {name: statistics.median(taken) for name, taken in products.items()}
     fastest = min(medians, key=lambda name: medians[name])
-    rates = {name: round(flops / ms / 1e6, 1) for name, ms in medians.items()}
     return {
         "gflop": round(flops / 1e9, 2),
-        "step_gflop_s": round(flops / statistics.median(full.samples) / 1e6, 1),
-        "product_gflop_s": rates,
+        "step_gflop_s": round(flops / statistics.median(full) / 1e6, 1),
+        "product_gflop_s": {name: round(flops / ms / 1e6, 1) for name, ms in medians.items()},
         "fastest": fastest,
-        "step_of_products": ratio(products[fastest].samples, full.samples),
-        "by_library": {
-            name: ratio(timer.samples, full.samples) for name, timer in products.items()
-        },
+        "step_of_products": ratio(products[fastest], full),
+        "by_library": {name: ratio(taken, full) for name, taken in products.items()},
     }
 
 
 def scoring_row(
-    case: Case, steps: dict[str, StepTimer], rungs: list[int], rounds: int, progress: Progress
+    case: Case, rounds: Rounds, rungs: list[int], pairs: int, progress: Progress
 ) -> dict[str, Any]:
     """Scoring, selection and gather as a share of a run of 40 steps with an anchor every 10.
 
-    BACK scored and unscored run in turn on the same hidden states, first the one and then the
-    other, so that their difference stands out of the noise.
+    BACK scored and unscored run in the same rounds on the same hidden states, so that their
+    difference stands out of the noise.
     """
-    calls, clock = EngineCalls(case.engines), Clock(None)
     size = case.size
-    tensors = case.call["hidden_states"]
-    inputs = ModelInputs(
-        noisy_latents=tensors[:, : size.num_noisy],
-        reference_latents=tensors[:, size.num_noisy :],
-        text_embeds=case.call["encoder_hidden_states"],
-        timestep=case.call["timestep"],
-        rope_key=("bench",),
-        make_rope=lambda: rope_for(
-            "qwen",
-            Layout.of_frames(case.grids),
-            size.num_text,
-            case.manifest.transformer_config["axes_dims_rope"],
-            torch.device("cpu"),
-        ),
+    geometry = Geometry(
+        batch=1,
+        num_text=size.num_text,
+        noisy_grid=case.grids[0][1:],
+        reference_grid=case.grids[1][1:],
     )
-    front = calls.run_front(inputs, (torch.arange(1), None), None, clock)
-    rows = {"back": torch.zeros(1, dtype=torch.int64), "anchor": torch.arange(size.num_noisy)}
+    meter = Meter(case.engines, [geometry], (), tau=0.85, parts=("back", "anchor"))
+    progress.begin(f"{case.name}: scoring", pairs + 1)
+    meter.measure(pairs, 1, lambda *_: progress.advance())
+    graphs = {row.part: row.samples_ms for row in meter.rows()}
+    differences = [a - b for a, b in zip(graphs["anchor"], graphs["back"], strict=True)]
 
-    def back_ms(graph: str) -> float:
-        own = Clock(None)
-        calls.run_back(front, graph, None, rows[graph], own)
-        return own.parts["back"]
+    def median(name: str, part: str) -> float:
+        return statistics.median(rounds.samples[name, part])
 
-    pairs = 2 * rounds
-    progress.begin(f"{case.name}: scoring", pairs)
-    differences, unscored = [], []
-    time.sleep(SETTLE_SECONDS)
-    for number in range(pairs + 1):
-        order = ("back", "anchor") if number % 2 else ("anchor", "back")
-        found = {graph: back_ms(graph) for graph in order}
-        progress.advance()
-        if number > 0:
-            differences.append(found["anchor"] - found["back"])
-            unscored.append(found["back"])
-    scoring = statistics.median(differences)
-    select = statistics.median(steps[ANCHOR].parts["select"])
-    full = statistics.median(steps[FULL].samples)
+    scoring, select, full = (
+        statistics.median(differences), median(ANCHOR, "select"), median(FULL, "ms")
+    )  # fmt: skip
     # Not the anchor's own median: the difference is known better than two medians are.
     anchor, anchors = full + scoring + select, STEPS // INTERVAL
     shares = {}
     for fraction in (0.5, 0.75):
         rung = min(r for r in rungs if r >= fraction * size.num_reference)
-        timer = steps[f"rung {rung}"]
-        gather = statistics.median(timer.parts["gather"])
-        run = anchors * anchor + (STEPS - anchors) * statistics.median(timer.samples)
+        gather = median(f"rung {rung}", "gather")
+        run = anchors * anchor + (STEPS - anchors) * median(f"rung {rung}", "ms")
         work = anchors * (scoring + select) + (STEPS - anchors) * gather
         shares[str(rung)] = {
             "share": round(work / run, 6),
@@ -374,7 +272,7 @@ def scoring_row(
     spread = statistics_of([value + 1e3 for value in differences])  # they can lie around 0
     return {
         "pairs": pairs,
-        "back_ms": summary(unscored),
+        "back_ms": summary(graphs["back"]),
         "scoring_ms": round(scoring, 3),
         "scoring_ms_interval": [round(spread.low - 1e3, 3), round(spread.high - 1e3, 3)],
         "selection_ms": round(select, 4),
@@ -396,7 +294,7 @@ def measure_edits(
     quality: dict[str, list[float]] = {way.name: [] for way in ways}
     computed: dict[str, list[int]] = {way.name: [] for way in ways}
     kept: dict[str, list[float]] = {way.name: [] for way in ways if way.policy is not None}
-    shuffled, idle = random.Random(0), Idle()
+    shuffled, others = random.Random(0), OtherProcesses()
     for number in range(runs):
         gc.collect()
         found, taken = edit_in_turn(
@@ -414,7 +312,7 @@ def measure_edits(
     return {
         "runs": runs,
         "steps": steps,
-        "others_share": idle.others_share(),
+        "others_share": others.share(),
         "quality": "psnr_db" if case.is_picture else "relative_l2",
         "ways": [
             {

@@ -5,7 +5,7 @@ PSNR is against the full-context picture of the same edit and seed, the mean ove
 averaged within an edit first. Differences are paired, with a 95 % bootstrap interval over edits.
 
 Example:
-    python scripts/methods_tables.py --methods comparison --curve curve \
+    python scripts/studies/methods_tables.py --methods comparison --curve curve \
         --figure docs/images/coverage.png --output docs/measured/methods.json
 """
 
@@ -15,10 +15,13 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the writer of tables is
+
+from benchmarks.tables import Section, markdown
 from ditrim.runtime.evaluation.summary import ALL, summarise_rows
 
 FULL = "full context"
@@ -75,29 +78,20 @@ def row_of(found: dict[str, Any], label: str) -> list[str]:
     ]
 
 
-def table(found: dict[str, Any], labels: Sequence[str], against: str | None = None) -> str:
-    """A Markdown table, in descending order of PSNR."""
+def table(
+    title: str, found: dict[str, Any], labels: Sequence[str], against: str | None = None
+) -> Section:
+    """Policies in descending order of PSNR."""
     groups = [group for group in found["groups"] if group != ALL]
-    head = [
-        "policy",
-        "PSNR, dB [95 %]",
-        *groups,
-        "SSIM",
-        "unedited",
-        "true edit",
-        "kept",
-        "tokens run",
-    ]
-    if against is not None:
-        head.append(f"less {against}, dB [95 %]")
+    columns = ["policy", "PSNR, dB [95 %]", *groups, "SSIM", "unedited", "true edit", "kept",
+               "tokens run"]  # fmt: skip
     ranked = sorted(labels, key=lambda label: -found["summary"][ALL][label]["psnr_db"]["mean"])
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for label in ranked:
-        cells = row_of(found, label)
-        if against is not None:
-            cells.append("" if label == against else difference(found, ALL, label, against))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    rows = [row_of(found, label) for label in ranked]
+    if against is not None:
+        columns.append(f"less {against}, dB [95 %]")
+        for row, label in zip(rows, ranked, strict=True):
+            row.append("" if label == against else difference(found, ALL, label, against))
+    return Section(title=title, columns=columns, rows=rows)
 
 
 def shortened(found: dict[str, Any]) -> dict[str, Any]:
@@ -121,28 +115,23 @@ def difference(found: dict[str, Any], group: str, first: str, second: str) -> st
     raise KeyError((first, second))
 
 
-def curve_table(found: dict[str, Any], ratios: Sequence[str]) -> str:
-    """PSNR at each kept ratio, and what coverage gains over the two others."""
-    head = ["kept", *(TITLES[name] for name in CURVE), "coverage less top-K", "less random"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+def curve_tables(found: dict[str, Any], ratios: Sequence[str]) -> Iterator[Section]:
+    """PSNR at each kept ratio with what coverage gains, over all edits and by category."""
+    rows, gains_by_category = [], []
+    groups = [group for group in found["groups"] if group != ALL]
     for ratio in ratios:
         means = [found["summary"][ALL][f"{name} {ratio}"]["psnr_db"]["mean"] for name in CURVE]
-        gains = [
-            difference(found, ALL, f"coverage {ratio}", f"{other} {ratio}")
-            for other in ("topi", "random")
-        ]
-        lines.append(f"| {ratio} | " + " | ".join([f"{m:.2f}" for m in means] + gains) + " |")
-    return "\n".join(lines)
-
-
-def category_table(found: dict[str, Any], ratios: Sequence[str]) -> str:
-    """What coverage gains over top-K, by category."""
-    groups = [group for group in found["groups"] if group != ALL]
-    lines = ["| kept | " + " | ".join(groups) + " |", "|---" * (len(groups) + 1) + "|"]
-    for ratio in ratios:
-        cells = [difference(found, group, f"coverage {ratio}", f"topi {ratio}") for group in groups]
-        lines.append(f"| {ratio} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        coverage, others = f"coverage {ratio}", [f"topi {ratio}", f"random {ratio}"]
+        gains = [difference(found, ALL, coverage, other) for other in others]
+        rows.append([ratio, *(f"{mean:.2f}" for mean in means), *gains])
+        gains_by_category.append(
+            [ratio, *(difference(found, group, coverage, others[0]) for group in groups)]
+        )
+    columns = ("kept", *(TITLES[name] for name in CURVE), "coverage less top-K", "less random")
+    yield Section(title="curve", columns=columns, rows=rows)
+    yield Section(
+        title="coverage less top-K, by category", columns=("kept", *groups), rows=gains_by_category
+    )
 
 
 def draw_curve(found: dict[str, Any], ratios: Sequence[str], path: Path) -> None:
@@ -201,6 +190,7 @@ def main() -> int:
     methods, curve = read(arguments.methods), read(arguments.curve)
     ratios = sorted({label.split()[1] for label in curve["labels"] if label != FULL}, key=float)
     on_grid = read(arguments.methods, ON_GRID)
+    sections = []
     apart = ("static", "tau", "auto", "TokenDrop", "omega")
     for title, found, starts in (
         ("half of the tokens, an anchor every 10 steps", methods, None),
@@ -215,9 +205,8 @@ def main() -> int:
             and (label.startswith(starts) if starts else not label.startswith(apart))
         ]
         if chosen:
-            print(f"### {title}\n\n{table(found, chosen, chosen[0])}\n")
-    print(f"### curve\n\n{curve_table(curve, ratios)}\n")
-    print(f"### coverage less top-K, by category\n\n{category_table(curve, ratios)}\n")
+            sections.append(table(title, found, chosen, chosen[0]))
+    print(markdown([*sections, *curve_tables(curve, ratios)]))
     draw_curve(curve, ratios, arguments.figure)
     kept = {
         name: {**found, "differences": {}, "metrics": METRICS, "summary": shortened(found)}
