@@ -160,6 +160,17 @@ def _wide(case: dict[str, Any]) -> Iterator[Bound]:
     of = f"the faster library: {products['fastest']}"
     yield text, products["step_of_products"], 0.95, None, of
     yield _against(case, EAGER, "diffusers eager", 1.0)
+    if "torch_backend" in case:  # results of earlier versions lack it
+        live = case["torch_backend"]
+        yield (
+            "torch backend: full step against diffusers eager",
+            live["against_eager"],
+            0.98,
+            None,
+            "",
+        )
+        text = "torch backend: speed-up of half of the references, of the predicted"
+        yield text, live["of_predicted"], 0.95, None, f"{live['kept']} tokens kept"
     yield _against(case, COMPILED, "torch.compile", 1.0)
     scoring = case["scoring"]
     rung, share = next(iter(scoring["shares"].items()))

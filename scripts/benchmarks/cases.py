@@ -137,6 +137,16 @@ class Case:
         """Of the engine set."""
         return self.engines.engine_set.manifest
 
+    def torch_engines(self) -> Engines:
+        """The torch backend on diffusers' own transformer, split as the set is."""
+        manifest = self.manifest
+        return ditrim.torch_engines(
+            self.transformer,
+            front_depth=manifest.front_depth,
+            layers=manifest.representative_layers,
+            granularity=manifest.ladder.granularity,
+        )
+
     def step(self, transformer: Any) -> Tensor:
         """One call, as a pipeline makes it: (B, G, c)."""
         with transformer.cache_context("cond"):

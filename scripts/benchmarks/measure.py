@@ -32,6 +32,7 @@ MOST_DIFFERENCE = 1e-3
 FULL, ANCHOR = "ditrim, full context", "ditrim, anchor"
 EAGER, COMPILED = "diffusers eager", "torch.compile"
 ONE_GRAPH = "ONNX Runtime, one graph"
+TORCH_FULL, TORCH_HALF = "ditrim on torch, full context", "ditrim on torch, half"
 
 
 class Progress:
@@ -103,8 +104,13 @@ def measure_steps(case: Case, ways: list[Way], repeats: int, progress: Progress)
     transformers = {way.name: way.transformer for way in ways if way.counter is None}
     for name, policy in policies.items():
         transformers[name] = Ours(case.engines, policy)
-        if name.startswith("rung"):
-            case.step(transformers[name])  # the anchor before reduced steps
+    live = case.torch_engines()
+    half = manifest.ladder.round_up(size.num_reference // 2)
+    transformers[TORCH_FULL] = Ours(live, FullContext())
+    transformers[TORCH_HALF] = Ours(live, fixed_count(half))
+    for name, transformer in transformers.items():
+        if is_reduced(name):
+            case.step(transformer)  # the anchor before reduced steps
     check_agreement(case, transformers)
     front = graph_products(manifest.transformer_config, "qwen", range(0, 1), size, "front")
     back = graph_products(
@@ -130,6 +136,7 @@ def measure_steps(case: Case, ways: list[Way], repeats: int, progress: Progress)
         "calls_a_sample": burst,
         "steps": step_rows({name: samples[name] for name in transformers}),
         "rungs": rung_rows(case, rounds, rungs),
+        "torch_backend": torch_row(case, rounds, half),
         "products": product_row(
             samples[FULL],
             {name: samples[name] for name in products},
@@ -148,7 +155,7 @@ def check_agreement(case: Case, transformers: dict[str, Any]) -> None:
     """Every way must compute what diffusers computes, or its time means nothing."""
     wanted = case.step(case.transformer)
     for name, transformer in transformers.items():
-        if name.startswith("rung"):
+        if is_reduced(name):
             continue
         difference = float((case.step(transformer) - wanted).norm() / wanted.norm())
         if not difference <= MOST_DIFFERENCE:
@@ -181,24 +188,49 @@ def step_rows(samples: dict[str, list[float]]) -> list[dict[str, Any]]:
             "full_is_faster": ratio(taken, samples[FULL]),
         }
         for name, taken in samples.items()
-        if not name.startswith("rung")
+        if not is_reduced(name)
     ]
+
+
+def is_reduced(name: str) -> bool:
+    """Whether a way's steps run on fewer tokens."""
+    return name == TORCH_HALF or name.startswith("rung")
+
+
+def predicted_speedup(case: Case, kept: int) -> float:
+    """The full step's operations over those of a reduced one."""
+    manifest, size = case.manifest, case.size
+
+    def flops(count: int) -> int:
+        config, num_layers = manifest.transformer_config, manifest.num_layers
+        return sum(call_flops(config, "qwen", 1, num_layers, size, count))
+
+    return flops(size.num_reference) / flops(kept)
+
+
+def torch_row(case: Case, rounds: Rounds, half: int) -> dict[str, Any]:
+    """The torch backend: its full step against diffusers, its reduced one against operations."""
+    full, reduced = (rounds.samples[name, "ms"] for name in (TORCH_FULL, TORCH_HALF))
+    eager = rounds.samples.get((EAGER, "ms"))
+    predicted = predicted_speedup(case, half)
+    return {
+        "kept": half,
+        "ms": summary(full),
+        "half_ms": summary(reduced),
+        "against_eager": ratio(eager, full) if eager else None,
+        "predicted": round(predicted, 4),
+        "of_predicted": summary([a / b / predicted for a, b in zip(full, reduced, strict=True)]),
+    }
 
 
 def rung_rows(case: Case, rounds: Rounds, rungs: list[int]) -> list[dict[str, Any]]:
     """Measured speed-up over the full context against what counting operations predicts."""
-    manifest, samples = case.manifest, rounds.samples
+    samples = rounds.samples
     eager = samples.get((EAGER, "ms"))
-
-    def flops(kept: int) -> int:
-        return sum(
-            call_flops(manifest.transformer_config, "qwen", 1, manifest.num_layers, case.size, kept)
-        )
-
     rows = []
     for rung in rungs:
         taken, gather = (samples[f"rung {rung}", part] for part in ("ms", "gather"))
-        predicted = flops(case.size.num_reference) / flops(rung)
+        predicted = predicted_speedup(case, rung)
         measured = [a / b for a, b in zip(samples[FULL, "ms"], taken, strict=True)]
         rows.append(
             {
