@@ -290,7 +290,16 @@ def attach(
 
 
 def open_engines(pipe: Any, engines: Any, *, device: str = "auto", threads: int = 0) -> Any:
-    """Engines from whatever names them; those of the pipeline's own transformer for none."""
+    """Engines from whatever names them; those of the pipeline's own transformer for none.
+
+    Raises:
+        UsageError: a policy stands where engines do.
+    """
+    if hasattr(engines, "begin"):
+        raise UsageError(
+            f"the second argument of attach is {type(engines).__name__}, a policy: name it, as "
+            "attach(pipe, policy=...)"
+        )
     if engines is None:
         from ditrim.engines.live import torch_engines
 

@@ -530,6 +530,11 @@ def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: st
         ditrim.torch_engines(tiny_pipeline("qwen-edit"), **options)
 
 
+def test_a_policy_in_the_place_of_engines_names_the_remedy() -> None:
+    with pytest.raises(UsageError, match="policy=..."):
+        ditrim.attach(tiny_pipeline("qwen-edit"), ditrim.ToPi())  # type: ignore[arg-type]
+
+
 def test_another_models_pipeline_is_told_by_its_configuration() -> None:
     engines = ditrim.torch_engines(tiny_pipeline("qwen-edit-2511"))
     assert engines.engine_set.manifest.model == "qwen-edit-2511"
