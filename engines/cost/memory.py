@@ -79,7 +79,7 @@ def activation_bytes(
         # comes on top for the others.
         over_keys, over_references = stream.logits
         columns = over_keys * keys + over_references * size.num_reference
-        peak += heads * _rtx_block_rows(num_rows) * columns * element
+        peak += 4 * heads * _rtx_block_rows(num_rows) * columns
         peak += hidden * keys if num_scored > 1 else 0
     elif num_rows:
         block_rows = 0
@@ -99,7 +99,7 @@ def scoring_code_bytes(backend: str, num_rows: int) -> int:
 def _rtx_block_rows(rows: int) -> int:
     """The most rows that TensorRT-RTX scores at a time where up to so many are scored.
 
-    Between 513 and 4095 rows `num_row_blocks` makes them smaller than this.
+    Between 257 and 2047 rows `num_row_blocks` makes them smaller than this.
     """
     return min(rows, max(RTX_ROWS, -(-rows // RTX_MOST_BLOCKS)))
 

@@ -93,9 +93,9 @@ def test_result_beyond_the_finite_spoils_no_later_block() -> None:
     np.testing.assert_allclose(found[:, :, 2:], expected, rtol=1e-6)
 
 
-def test_blocks_are_of_512_rows_where_there_are_enough_of_them() -> None:
+def test_blocks_are_of_256_rows_where_there_are_enough_of_them() -> None:
     assert [num_row_blocks(rows) for rows in (1, 144, RTX_ROWS)] == [1, 1, 1]
-    assert [num_row_blocks(rows) for rows in (513, 1024, 4096, 4097)] == [8, 8, 8, 9]
+    assert [num_row_blocks(rows) for rows in (257, 1024, 2048, 2049, 4096)] == [8, 8, 8, 9, 16]
     assert num_row_blocks(16 * RTX_ROWS) == num_row_blocks(100_000) == RTX_MOST_BLOCKS == 16
 
 
@@ -184,8 +184,8 @@ def test_operators_that_a_parser_lacks_are_of_older_ones_and_build(
 ) -> None:
     path, feed = back_graph
     model = onnx.load(str(path), load_external_data=False)
-    used = {node.op_type for body in (model.graph, *model.functions) for node in body.node}
-    assert set(NEW_OPERATORS) <= used
+    nodes = [node for body in (model.graph, *model.functions) for node in body.node]
+    assert set(NEW_OPERATORS) <= {node.op_type for node in nodes}
     changed = graph_for_backend(model, "tensorrt-rtx", missing=NEW_OPERATORS)
     left = {
         node.op_type
@@ -220,6 +220,39 @@ def test_operators_that_a_parser_lacks_are_of_older_ones_and_build(
     assert built.num_bytes > 10_000
 
 
+@needs_rtx
+def test_the_parser_does_not_scale_queries_and_keys_in_16_bits(
+    back_graph: tuple[Path, dict[str, Any]],
+) -> None:
+    """It multiplies both by the root of the node's scale in their own type: 1, or D^-0.25."""
+    import tensorrt_rtx as rtx
+
+    model = onnx.load(str(back_graph[0]), load_external_data=False)
+    nodes = [node for body in (model.graph, *model.functions) for node in body.node]
+    attentions = [node for node in nodes if node.op_type == "Attention"]
+    assert attentions
+    for attention in attentions:
+        given = {item.name: helper.get_attribute_value(item) for item in attention.attribute}
+        assert given["scale"] == 1.0
+        factors = []
+        one = onnx.parser.parse_model(
+            f"""<ir_version: 10, opset_import: ["": {OPSET}]>
+            g (bfloat16[1, 2, n, 128] q, bfloat16[1, 2, n, 128] k) => (bfloat16[1, 2, n, 128] y)
+            {{ y = Attention (q, k, k) }}"""
+        )
+        one.graph.node[0].attribute.extend(attention.attribute)
+        logger = rtx.Logger(rtx.Logger.ERROR)
+        network = rtx.Builder(logger).create_network(0)
+        parser = rtx.OnnxParser(network, logger)
+        assert parser.parse(one.SerializeToString())
+        for layer in (network.get_layer(index) for index in range(network.num_layers)):
+            assert layer.type != rtx.LayerType.UNARY  # roots of the head width
+            if layer.type == rtx.LayerType.CONSTANT:
+                layer.__class__ = rtx.IConstantLayer
+                factors.append(float(layer.weights.reshape(-1)[0]))
+        assert factors == [1.0, 1.0]
+
+
 TWO_LAYERS = """
     {a}_all = Concat <axis = 1> ({a}, reference)
     {a}_q1 = MatMul ({a}, w_in)
@@ -228,7 +261,7 @@ TWO_LAYERS = """
     {a}_k2 = Reshape ({a}_k1, heads)
     {a}_q = Transpose <perm = [0, 2, 1, 3]> ({a}_q2)
     {a}_k = Transpose <perm = [0, 2, 1, 3]> ({a}_k2)
-    {a}_o1 = Attention ({a}_q, {a}_k, {a}_k)
+    {a}_o1 = Attention <scale: float = 1.0> ({a}_q, {a}_k, {a}_k)
     {a}_o2 = Transpose <perm = [0, 2, 1, 3]> ({a}_o1)
     {a}_o3 = Reshape ({a}_o2, joined)
     {b} = MatMul ({a}_o3, w_out)

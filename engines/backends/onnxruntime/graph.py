@@ -133,7 +133,9 @@ def _fuse_attention(body: ir.Graph | ir.Function, attention: ir.Node, num_heads:
     import onnx_ir as ir
 
     assert len(attention.inputs) == 3, "the exporter writes attention without a mask"
-    assert not set(attention.attributes) - {"is_causal", "softcap", "qk_matmul_output_mode"}
+    others = {"is_causal", "softcap", "qk_matmul_output_mode"}
+    assert set(attention.attributes) - others == {"scale"}
+    scale = attention.attributes["scale"].as_float()
     query, key, value = attention.inputs
     assert query is not None
     assert key is not None
@@ -143,7 +145,7 @@ def _fuse_attention(body: ir.Graph | ir.Function, attention: ir.Node, num_heads:
         op_type: str,
         inputs: Sequence[ir.Value | None],
         domain: str = "",
-        **attributes: int | list[int],
+        **attributes: float | list[int],
     ) -> ir.Value:
         nodes.append(ir.node(op_type, inputs, attributes, domain=domain))
         return nodes[-1].outputs[0]
@@ -161,7 +163,7 @@ def _fuse_attention(body: ir.Graph | ir.Function, attention: ir.Node, num_heads:
             "RotaryEmbedding", [source, *tables], interleaved=interleaved, num_heads=num_heads
         )
     rows = [flat[query], flat[key], add("Reshape", [_swapped_from(value), flat_shape])]
-    output = add("MultiHeadAttention", rows, domain=CONTRIB, num_heads=num_heads)
+    output = add("MultiHeadAttention", rows, domain=CONTRIB, num_heads=num_heads, scale=scale)
     for rotated, replacement in flat.items():
         others = [user for user, _ in rotated.uses() if user is not attention]
         if others:  # scores read them by head

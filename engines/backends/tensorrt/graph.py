@@ -41,18 +41,13 @@ _ATTRIBUTES = {
     "axis": -1,
     "stash_type": 1,
     "interleaved": 1,
+    "scale": 1.0,
 }
 _PRIMITIVES = {
-    # As NVIDIA's notes on fused attention want it: the queries are scaled, softmax in between.
+    # As NVIDIA's notes on fused attention want it, softmax in between; the queries come scaled.
     "Attention": """(q, k, v) => (y) {
-        width = Shape <start = 3> (q)
-        width_f = Cast <to = 1> (width)
-        root = Sqrt (width_f)
-        scale_f = Reciprocal (root)
-        scale = CastLike (scale_f, q)
-        scaled = Mul (q, scale)
         keys_t = Transpose <perm = [0, 1, 3, 2]> (k)
-        logits = MatMul (scaled, keys_t)
+        logits = MatMul (q, keys_t)
         weights = Softmax <axis = -1> (logits)
         y = MatMul (weights, v)
     }""",
@@ -190,6 +185,7 @@ def _replace_operators(model: onnx.ModelProto, missing: Collection[str]) -> None
             # Attributes of functions are not relied on: one function for each value.
             epsilon = f"{given.pop('epsilon', 1e-5):.9g}"
             assert given.items() <= _ATTRIBUTES.items(), (node.name, given)
+            assert "scale" in given or node.op_type != "Attention", node.name
             assert len(node.input) <= 3, node.name
             name = f"{node.op_type}Of{len(functions)}"
             text = _PRIMITIVES[node.op_type].replace("EPSILON", epsilon)
