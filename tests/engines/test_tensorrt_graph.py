@@ -18,6 +18,7 @@ from ditrim.engines.backends.tensorrt.graph import (
     graph_for_backend,
     log_sum_exp_unrolled,
 )
+from ditrim.engines.backends.tensorrt.refit import weights_of
 from ditrim.engines.backends.tensorrt.request import PlanRequest, Target
 from ditrim.engines.build.build import run_build
 from ditrim.engines.build.options import BuildOptions
@@ -251,6 +252,50 @@ def test_the_parser_does_not_scale_queries_and_keys_in_16_bits(
                 layer.__class__ = rtx.IConstantLayer
                 factors.append(float(layer.weights.reshape(-1)[0]))
         assert factors == [1.0, 1.0]
+
+
+@needs_rtx
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+def test_every_weight_of_a_stripped_plan_is_an_initializer(
+    backend: str, back_graph: tuple[Path, dict[str, Any]]
+) -> None:
+    """Those of a function are known by names that no initializer had."""
+    import tensorrt_rtx as rtx
+
+    class Silent(rtx.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            rtx.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None: ...
+
+    path, feed = back_graph
+    model = onnx.load(str(path), load_external_data=False)
+    assert any(node.op_type == "Constant" for item in model.functions for node in item.node)
+    changed = graph_for_backend(model, backend, num_blocks=2, is_stripped=True)
+    assert not changed.functions
+    assert not any(node.op_type == "Constant" for node in changed.graph.node)
+    if backend == "tensorrt":  # nothing here parses its plugin
+        return
+    target = path.with_name("stripped.onnx")
+    onnx.save(changed, str(target))
+    check_linked(target)
+    for one, other in zip(run_model(path, feed), run_model(target, feed), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
+    supplied = {weight.name for weight in weights_of(target)}
+    for prepared, is_complete in ((path.with_name("plain.onnx"), False), (target, True)):
+        logger = Silent()
+        if not is_complete:
+            onnx.save(graph_for_backend(model, backend, num_blocks=2), str(prepared))
+        network = rtx.Builder(logger).create_network(0)
+        parser = rtx.OnnxParser(network, logger)
+        assert parser.parse_from_file(str(prepared))
+        named = {
+            layer.name
+            for layer in (network.get_layer(index) for index in range(network.num_layers))
+            if layer.type == rtx.LayerType.CONSTANT and network.mark_weights_refittable(layer.name)
+        }
+        assert len(named) > 10
+        assert (named <= supplied) == is_complete
 
 
 TWO_LAYERS = """

@@ -212,6 +212,7 @@ def graph_for_backend(
     *,
     num_blocks: int = 1,
     missing: Collection[str] = (),
+    is_stripped: bool = False,
 ) -> onnx.ModelProto:
     """The graph as a backend's parser is to see it.
 
@@ -220,12 +221,14 @@ def graph_for_backend(
         backend: "tensorrt" or "tensorrt-rtx".
         num_blocks: of rows that are scored in turn with tensorrt-rtx; see `num_row_blocks`.
         missing: those of `NEW_OPERATORS` that its parser lacks.
+        is_stripped: whether its plan gets its weights when it is loaded. Constants are weights,
+            too; so every one becomes an initializer of the graph, which has no functions then.
 
     Returns:
         the model itself if nothing has to be changed, otherwise a copy.
     """
     is_scored = any(map(_is_scoring, model.functions))
-    if not is_scored and not missing:
+    if not is_scored and not missing and not is_stripped:
         return model
     copy = onnx.ModelProto()
     if is_scored and backend == "tensorrt":
@@ -243,4 +246,12 @@ def graph_for_backend(
             body.node.extend(clones)
     if missing:
         _replace_operators(copy, missing)
-    return copy
+    return _with_all_weights_named(copy) if is_stripped else copy
+
+
+def _with_all_weights_named(model: onnx.ModelProto) -> onnx.ModelProto:
+    import onnx_ir as ir
+    from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
+
+    passes = (InlinePass(), LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0))
+    return ir.to_proto(ir.passes.Sequential(*passes)(ir.from_proto(model)).model)
