@@ -27,6 +27,17 @@ def float_constant(name: str, value: float) -> onnx.NodeProto:
     return helper.make_node("Constant", [], [name], value=tensor)
 
 
+def scale_constant(name: str) -> onnx.NodeProto:
+    """A function's attribute `scale` as a float32 scalar."""
+    node = helper.make_node("Constant", [], [name])
+    node.attribute.append(
+        onnx.AttributeProto(
+            name="value_float", ref_attr_name="scale", type=onnx.AttributeProto.FLOAT
+        )
+    )
+    return node
+
+
 def function_of(nodes: list[onnx.NodeProto]) -> FunctionProto:
     """`LogSumExp(queries, keys, bias; scale) -> result` of these nodes."""
     return helper.make_function(
@@ -43,14 +54,8 @@ def function_of(nodes: list[onnx.NodeProto]) -> FunctionProto:
 
 def prepared_nodes() -> list[onnx.NodeProto]:
     """What every form begins with: `scaled` rows in float32, `axis_2`, and what the blocks read."""
-    scale = helper.make_node("Constant", [], ["scale_f"])
-    scale.attribute.append(
-        onnx.AttributeProto(
-            name="value_float", ref_attr_name="scale", type=onnx.AttributeProto.FLOAT
-        )
-    )
     return [
-        scale,
+        scale_constant("scale_f"),
         helper.make_node("Cast", ["queries"], ["queries_f"], to=TensorProto.FLOAT),
         helper.make_node("Mul", ["queries_f", "scale_f"], ["scaled"]),
         helper.make_node("Cast", ["keys"], ["keys_f"], to=TensorProto.FLOAT),

@@ -15,8 +15,8 @@ from ditrim.engines.cost.flops import CallSize
 from ditrim.engines.cost.parameters import complete_config
 from ditrim.plugins.architectures import ARCHITECTURES
 from ditrim.plugins.blocks import (
+    CUDA_BLOCKS,
     ONNXRUNTIME_ROWS,
-    PORTABLE_ROWS,
     RTX_MOST_BLOCKS,
     RTX_ROWS,
     num_row_blocks,
@@ -84,7 +84,7 @@ def activation_bytes(
     elif num_rows:
         block_rows = 0
         if backend == "onnxruntime":
-            block_rows = PORTABLE_ROWS if is_standard else ONNXRUNTIME_ROWS
+            block_rows = num_rows // CUDA_BLOCKS + 1 if is_standard else ONNXRUNTIME_ROWS
         peak += num_scored * _scoring_bytes(heads, head_dim, size, num_rows, element, block_rows)
     return round(size.batch * peak) + (backend != "onnxruntime") * _LIBRARY_BYTES
 
