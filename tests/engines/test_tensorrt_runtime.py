@@ -251,7 +251,7 @@ def test_pictures_are_those_of_onnx_runtime(
     stats = engines.stats()
     assert stats["contexts"] == stats["live_contexts"] > 1
     assert stats["arena_bytes"] == engines._hardware.allocated[-1]  # type: ignore[attr-defined]
-    roles = {key.role for key in engines._contexts}
+    roles = {key.role for key in engines._contexts._items}
     assert roles == {"front", "back"} | ({"anchor"} if separate_anchor else set())
 
 

@@ -158,8 +158,8 @@ def column_sums_unrolled(num_blocks: int = CUDA_BLOCKS) -> onnx.FunctionProto:
         helper.make_node("Concat", ["scaled", "padding"], ["rows"], axis=2),
         helper.make_node("Expand", ["one", "num_rows"], ["ones"]),
         helper.make_node("Expand", ["nought", "num_padding"], ["noughts"]),
-        helper.make_node("Concat", ["ones", "noughts"], ["counts_1"], axis=0),
-        helper.make_node("Unsqueeze", ["counts_1", "axis_0"], ["counts"]),
+        helper.make_node("Concat", ["ones", "noughts"], ["counts_flat"], axis=0),
+        helper.make_node("Unsqueeze", ["counts_flat", "axis_0"], ["counts"]),
         helper.make_node(
             "Split", ["rows"], [f"rows_{i}" for i in blocks], axis=2, num_outputs=num_blocks
         ),
