@@ -277,7 +277,7 @@ def test_threads_take_turns_in_one_arena(make: Make, truth: Any) -> None:
     requests = [request(FAMILY, seed=i, side=48 + 16 * (i % 2), steps=3) for i in range(4)]
     expected = [edit(truth(), arguments) for arguments in requests]
     for cuda_graphs in ("off", "on"):
-        engines = make(cuda_graphs=cuda_graphs, max_contexts=3)
+        engines = make(cuda_graphs=cuda_graphs, max_contexts=3, backend="tensorrt")
         pipes = [tiny_pipeline(FAMILY) for _ in requests]
         barrier = threading.Barrier(len(requests))
 
@@ -529,10 +529,9 @@ def test_an_input_inside_a_larger_tensor_is_copied_where_it_is_not_aligned(make:
 def test_engines_that_go_wait_for_their_last_run(make: Make) -> None:
     hardware = ThreadHardware()
     engines = make(hardware=hardware)
-    finished = []
-    hardware.finish = finished.append  # type: ignore[method-assign]
     engines.run(**back_call(engines))
-    last = engines._last_use
+    last, finished = engines._last_use, list[Any]()
+    hardware.finish = finished.append  # type: ignore[method-assign]
     del engines
     gc.collect()
     assert finished == [last]

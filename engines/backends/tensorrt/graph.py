@@ -253,5 +253,14 @@ def _with_all_weights_named(model: onnx.ModelProto) -> onnx.ModelProto:
     import onnx_ir as ir
     from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
 
-    passes = (InlinePass(), LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0))
-    return ir.to_proto(ir.passes.Sequential(*passes)(ir.from_proto(model)).model)
+    inlined = InlinePass()(ir.from_proto(model)).model
+    for node in list(inlined.graph):
+        if node.op_type == "ConstantOfShape":  # its parser makes a weight of its own of the value
+            filled = node.attributes["value"].as_tensor().numpy().reshape(())
+            value = ir.node("Constant", [], {"value": ir.tensor(filled)})
+            expanded = ir.node("Expand", [value.outputs[0], node.inputs[0]])
+            inlined.graph.insert_before(node, [value, expanded])
+            ir.convenience.replace_all_uses_with(node.outputs[0], expanded.outputs[0])
+            inlined.graph.remove(node, safe=True)
+    lift = LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)
+    return ir.to_proto(lift(inlined).model)
