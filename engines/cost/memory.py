@@ -76,11 +76,12 @@ def activation_bytes(
         peak += 4 * heads * keys * keys
     if num_rows and backend == "tensorrt-rtx":
         # A block of rows at a time and a layer after the other: only what a layer hands over
-        # comes on top for the others.
+        # comes on top for the others. Its keys are widened to float32.
         over_keys, over_references = stream.logits
         columns = over_keys * keys + over_references * size.num_reference
         peak += 4 * heads * _rtx_block_rows(num_rows) * columns
-        peak += hidden * keys if num_scored > 1 else 0
+        is_widened = precision != "fp32" and over_keys == 1
+        peak += hidden * keys * (is_widened + (num_scored > 1))
     elif num_rows:
         block_rows = 0
         if backend == "onnxruntime":
