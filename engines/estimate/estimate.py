@@ -40,8 +40,7 @@ _BUILDER_BYTES = 560_000_000
 # How often the builder holds the weights of a plan: once as mapped files, which the system can drop
 # where memory is short, and about twice of its own. Read off TensorRT-RTX 1.7.1 up to 1.2 GB.
 _BUILDER_COPIES = 3.0
-# How often TensorRT's builder holds the weights of a plan on the device at its peak: 49.9 GiB for
-# FLUX.1's 23.8 GB (NVIDIA/TensorRT#4214, version 10.5).
+# The same of TensorRT's and the device: NVIDIA/TensorRT#4214, 49.9 GiB for FLUX.1's 23.8 GB.
 _BUILDER_DEVICE_COPIES = 2.1
 # CUDA's context, libraries and caches. An allowance, not measured.
 _RESERVE_BYTES = 1 << 30

@@ -136,7 +136,7 @@ CUDA_SINCE = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", MODEL_NAMES)
 def test_graphs_of_16_bits_hold_what_cuda_has_kernels_for(family: str, tmp_path: Path) -> None:
     transformer = tiny_transformer(family).half()
     point = SplitPoint(num_layers=4, front_depth=1, representative_layers=LAYERS)

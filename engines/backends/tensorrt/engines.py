@@ -54,7 +54,6 @@ from ditrim.plugins.precision import PRECISIONS
 logger = logging.getLogger(__name__)
 
 
-
 @dataclass(slots=True)
 class _Context:
     """An execution context.
