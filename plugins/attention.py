@@ -5,7 +5,9 @@ which give no access to queries and keys. Everything else of a block stays diffu
 
 Limits: no attention mask (masked text tokens are removed before FRONT, which is exact).
 Trade-off: RoPE tables stay float32 and only the product is cast back; angles in bfloat16 ruin the
-picture.
+picture. In a graph the queries' tables hold the attention's scale, D^-0.5, too, so that it is
+rounded with them once: left to itself, TensorRT's parser multiplies queries and keys by D^-0.25 in
+16 bits each, which in bfloat16 at D = 128 makes the logits 0.3 % smaller.
 """
 
 from __future__ import annotations
@@ -126,6 +128,7 @@ def detailed_scores(
     reference_key: Tensor,
     reference_value: Tensor,
     similarity: Tensor,
+    scale: float,
     *,
     as_onnx_node: bool,
 ) -> Tensor:
@@ -136,6 +139,7 @@ def detailed_scores(
         key: (B, H, N, D) all keys, after QK-norm and RoPE; reference_key: (B, H, C, D) among them.
         reference_value: (B, H, C, D).
         similarity: (B, C) float32, of `key_similarity`.
+        scale: of the dot products.
         as_onnx_node: score with ONNX nodes rather than by computing.
 
     Returns:
@@ -143,7 +147,7 @@ def detailed_scores(
         key similarity; none is negative.
     """
     received = reference_column_sums(
-        rows, key, reference_key, rows.shape[-1] ** -0.5, as_onnx_node=as_onnx_node
+        rows, key, reference_key, scale, as_onnx_node=as_onnx_node
     )  # (B, H, C)
     norms = torch.linalg.vector_norm(reference_value.float(), dim=-1)  # (B, H, C)
     return torch.stack([(norms * received).sum(dim=1), received.sum(dim=1), similarity], dim=1)
@@ -176,12 +180,17 @@ def attend(
     query_cos, query_sin = context.rope_cos, context.rope_sin
     if has_noisy_queries:
         query_cos, query_sin = query_cos[:, start:end], query_sin[:, start:end]
+    scale = query.shape[-1] ** -0.5
+    if node:
+        query_cos, query_sin, scale = query_cos * scale, query_sin * scale, 1.0
     query = apply_rope(query, query_cos, query_sin, as_onnx_node=node)
     key = apply_rope(key, context.rope_cos, context.rope_sin, as_onnx_node=node)
     value = value.transpose(1, 2)  # (B, N, H, D) -> (B, H, N, D)
-    output = (context.attention or F.scaled_dot_product_attention)(query, key, value)
+    if node:
+        output = F.scaled_dot_product_attention(query, key, value, scale=scale)
+    else:
+        output = (context.attention or F.scaled_dot_product_attention)(query, key, value)
     if role != "plain" and context.score_rows is not None:
-        scale = query.shape[-1] ** -0.5
         noisy_query = query if has_noisy_queries else query[:, :, start:end]
         rows = noisy_query.index_select(2, context.score_rows)
         if role == "score" and context.score is not None:
@@ -201,6 +210,7 @@ def attend(
                 key[:, :, end:],
                 value[:, :, end:],
                 key_similarity(noisy_keys, placeless_key[:, :, end:]),
+                scale,
                 as_onnx_node=node,
             )
             context.details.append(scores)

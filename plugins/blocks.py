@@ -10,10 +10,12 @@ PORTABLE_ROWS = 64
 # By ONNX Runtime's form: with 2112 keys and 8 heads 9 MB. Half of them took 9 % longer, twice as
 # many no less.
 ONNXRUNTIME_ROWS = 128
-# By TensorRT-RTX's form: with 8704 keys and 24 heads 214 MB in bf16, less than the rest of a
-# block of that size takes, and a second halving saved 57 MB of 747. Fewer than 8 blocks were not
-# kept apart by TensorRT-RTX 1.7.1 at every length (`docs/guide/tensorrt.md`).
-RTX_ROWS, RTX_LEAST_BLOCKS, RTX_MOST_BLOCKS = 512, 8, 16
+# Blocks of rows in its form for CUDA, which has no loop.
+CUDA_BLOCKS = 16
+# By TensorRT-RTX's form: with 8704 keys and 24 heads 214 MB of float32 logits, less than the rest
+# of a block of that size takes. Fewer than 8 blocks were not kept apart by TensorRT-RTX 1.7.1 at
+# every length (`docs/guide/tensorrt.md`).
+RTX_ROWS, RTX_LEAST_BLOCKS, RTX_MOST_BLOCKS = 256, 8, 16
 
 
 def num_row_blocks(num_rows: int) -> int:

@@ -2,7 +2,8 @@
 
 Replaces: materialising the attention matrix (rows x keys x heads) to read its sums.
 Limits: forward only. Trade-off: each block's logits are made twice over an anchor step (once a
-role), so that at most `PORTABLE_ROWS` rows of logits are alive at a time.
+role), so that at most `PORTABLE_ROWS` rows of logits are alive at a time; and they are float32
+products, since in bfloat16 a logit of 50 is rounded by 0.1 and its weight by 10 %.
 """
 
 from __future__ import annotations
@@ -58,9 +59,10 @@ def log_sum_exp(
             shape=queries.shape[:3],
             version=OP_VERSION,
         )
+    transposed = keys.float().transpose(-1, -2)
     blocks = [
         torch.logsumexp(
-            torch.matmul(rows * scale, keys.transpose(-1, -2)).float() + bias[:, :, None, :], dim=-1
+            torch.matmul(rows.float() * scale, transposed) + bias[:, :, None, :], dim=-1
         )
         for rows in queries.split(PORTABLE_ROWS, dim=2)
     ]

@@ -185,10 +185,11 @@ def _trace_graphs(writing: _Writing, folder: Path, progress: Progress) -> dict[s
 
 def _adapt(model: ir.Model, options: BuildOptions, config: Any) -> None:
     """Put in what ONNX Runtime runs faster; graphs alone are for any reader, and stay standard."""
-    if (options.backend, options.precision, options.graph_only) == ("onnxruntime", "fp32", False):
+    if options.backend == "onnxruntime" and not options.graph_only:
         from ditrim.engines.backends.onnxruntime.graph import use_own_operators
 
-        use_own_operators(model, config["num_attention_heads"])
+        is_half = options.precision != "fp32"
+        use_own_operators(model, config["num_attention_heads"], is_half=is_half)
 
 
 def _parts(options: BuildOptions) -> list[tuple[str, str, bool]]:

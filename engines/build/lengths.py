@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ditrim.engines.backends.tensorrt.contexts import MOST_SPECIALISED_LENGTHS
 from ditrim.engines.build.checks import expect_count, option_of, shown
-from ditrim.engines.sets.ladder import Ladder
+from ditrim.engines.sets.ladder import MOST_KEPT_COUNTS, Ladder
 from ditrim.engines.sets.profiles import AxisRange, Ranges
 from ditrim.engines.sets.specs import Limits
 from ditrim.plugins.architectures import ARCHITECTURES
@@ -184,16 +183,15 @@ def _granularity_of(
 ) -> int:
     """As given, otherwise 1 for graphs, and for plans what leaves few kept counts.
 
-    In a set of plans each kept count is an execution context, and maybe a CUDA graph and kernels,
-    of its own. So it is the smallest power of two at which no more kept counts are left than
-    TensorRT-RTX compiles kernels for ahead of a run; smaller where rungs lie closer, or where it
-    would round a count past the rung of a given ladder that holds it.
+    In a set of plans each kept count may take kernels and a CUDA graph of its own. So it is the
+    smallest power of two at which no more than `MOST_KEPT_COUNTS` are left; smaller where rungs lie
+    closer, or where it would round a count past the rung of a given ladder that holds it.
     """
     if options.granularity is not None:
         return options.granularity
     size = 1
     if options.needs_contexts:
-        while size * MOST_SPECIALISED_LENGTHS < longest:
+        while size * MOST_KEPT_COUNTS < longest:
             size *= 2
     while size > 1 and (size * num_rungs > longest or any(rung % size for rung in rungs[:-1])):
         size //= 2

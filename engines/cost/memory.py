@@ -15,8 +15,8 @@ from ditrim.engines.cost.flops import CallSize
 from ditrim.engines.cost.parameters import complete_config
 from ditrim.plugins.architectures import ARCHITECTURES
 from ditrim.plugins.blocks import (
+    CUDA_BLOCKS,
     ONNXRUNTIME_ROWS,
-    PORTABLE_ROWS,
     RTX_MOST_BLOCKS,
     RTX_ROWS,
     num_row_blocks,
@@ -76,15 +76,16 @@ def activation_bytes(
         peak += 4 * heads * keys * keys
     if num_rows and backend == "tensorrt-rtx":
         # A block of rows at a time and a layer after the other: only what a layer hands over
-        # comes on top for the others.
+        # comes on top for the others. Its keys are widened to float32.
         over_keys, over_references = stream.logits
         columns = over_keys * keys + over_references * size.num_reference
-        peak += heads * _rtx_block_rows(num_rows) * columns * element
-        peak += hidden * keys if num_scored > 1 else 0
+        peak += 4 * heads * _rtx_block_rows(num_rows) * columns
+        is_widened = precision != "fp32" and over_keys == 1
+        peak += hidden * keys * (is_widened + (num_scored > 1))
     elif num_rows:
         block_rows = 0
         if backend == "onnxruntime":
-            block_rows = PORTABLE_ROWS if is_standard else ONNXRUNTIME_ROWS
+            block_rows = num_rows // CUDA_BLOCKS + 1 if is_standard else ONNXRUNTIME_ROWS
         peak += num_scored * _scoring_bytes(heads, head_dim, size, num_rows, element, block_rows)
     return round(size.batch * peak) + (backend != "onnxruntime") * _LIBRARY_BYTES
 
@@ -99,7 +100,7 @@ def scoring_code_bytes(backend: str, num_rows: int) -> int:
 def _rtx_block_rows(rows: int) -> int:
     """The most rows that TensorRT-RTX scores at a time where up to so many are scored.
 
-    Between 513 and 4095 rows `num_row_blocks` makes them smaller than this.
+    Between 257 and 2047 rows `num_row_blocks` makes them smaller than this.
     """
     return min(rows, max(RTX_ROWS, -(-rows // RTX_MOST_BLOCKS)))
 

@@ -23,6 +23,7 @@ from ditrim.engines.cost.memory import (
 )
 from ditrim.engines.cost.parameters import complete_config, count_parameters
 from ditrim.engines.estimate.advice import Change, changes
+from ditrim.engines.files import format_bytes
 from ditrim.engines.sets.profiles import is_scored, plan_roles
 from ditrim.plugins.architectures import ARCHITECTURES
 from ditrim.plugins.architectures.architecture import Companion
@@ -39,6 +40,8 @@ _BUILDER_BYTES = 560_000_000
 # How often the builder holds the weights of a plan: once as mapped files, which the system can drop
 # where memory is short, and about twice of its own. Read off TensorRT-RTX 1.7.1 up to 1.2 GB.
 _BUILDER_COPIES = 3.0
+# The same of TensorRT's and the device: NVIDIA/TensorRT#4214, 49.9 GiB for FLUX.1's 23.8 GB.
+_BUILDER_DEVICE_COPIES = 2.1
 # CUDA's context, libraries and caches. An allowance, not measured.
 _RESERVE_BYTES = 1 << 30
 # A set fits if it leaves the rest free, for what is not counted: workspaces of convolutions,
@@ -394,11 +397,13 @@ class _Figures:
         return round(_BUILDER_BYTES + _BUILDER_COPIES * largest.weights_bytes + kernels)
 
     def build_device_bytes(self) -> int:
-        """Weights and activations of the largest plan, and the workspace where one is set."""
+        """The builder's copies of the largest plan's weights, and what its kernels run in."""
         if self.options.backend != "tensorrt" or not self.options.builds_plans:
             return 0
         return _RESERVE_BYTES + max(
-            plan.file_bytes + max(plan.activation_bytes) + (self.options.workspace or 0)
+            round(_BUILDER_DEVICE_COPIES * plan.weights_bytes)
+            + max(plan.activation_bytes)
+            + (self.options.workspace or 0)
             for plan in self.plans
         )
 
@@ -460,8 +465,8 @@ def _notes(options: BuildOptions, device: Device, figures: _Figures) -> Iterator
     if not _is_known(options.backend, device):
         known = ", ".join(f"{a}.{b}" for a, b in sorted(_RTX_CAPABILITIES))
         yield (
-            f"TensorRT-RTX 1.7 builds for compute capability {known}; {device.title} has "
-            f"{major}.{minor}: use --backend tensorrt"
+            f"TensorRT-RTX 1.7 builds for compute capability {known}, not for Hopper or B200; "
+            f"{device.title} has {major}.{minor}: use --backend tensorrt"
         )
     if options.precision == "bf16" and major < 8:
         yield f"{device.title} has no bf16: use --precision fp16"
@@ -470,6 +475,15 @@ def _notes(options: BuildOptions, device: Device, figures: _Figures) -> Iterator
             "activations and kernels are those of TensorRT-RTX; no plan of TensorRT has been "
             "measured yet"
         )
+        needed = figures.build_device_bytes()
+        if needed > device.memory_bytes:
+            yield (
+                f"the build takes about {format_bytes(needed)} of the device at its peak, and "
+                f"{device.title} has {format_bytes(device.memory_bytes)}: the builder holds the "
+                "weights of the larger plan about twice (NVIDIA/TensorRT#4214). Divide the layers "
+                f"evenly with --front-depth {figures.num_layers // 2}, which leaves fewer of them "
+                "to reduced steps, or try --weights-stripped, whose peak was not seen"
+            )
     if options.backend == "onnxruntime":
         yield "activations are those of ONNX Runtime's CPU provider; CUDA's was not measured"
     if options.builds_plans:

@@ -208,7 +208,7 @@ def test_blocks_of_tensorrt_rtx_are_those_of_its_graph() -> None:
         assert -(-rows // blocks) <= memory._rtx_block_rows(rows)
         code = scoring_code_bytes("tensorrt-rtx", rows)
         assert code == memory._SCORING_CODE + blocks * memory._BLOCK_CODE
-    for rows in (512, 4096, 8192, 16384):
+    for rows in (256, 2048, 4096, 8192, 16384):
         assert rows // num_row_blocks(rows) == memory._rtx_block_rows(rows)
 
 
@@ -310,7 +310,7 @@ def test_full_size_figures_of_qwen_edit_are_known() -> None:
     # "A further profile costs megabytes": eight of them, a few percent.
     assert 1.0 < plan.disk_bytes / (front.weights_bytes + back.weights_bytes) < 1.05
     assert plan.rungs[-1] == 4272
-    assert plan.build_device_bytes > back.weights_bytes
+    assert plan.build_device_bytes > 2.1 * back.weights_bytes
 
 
 def test_a_card_that_is_far_too_small_says_what_is_not_enough() -> None:
@@ -402,11 +402,17 @@ def test_the_cost_of_serving_every_shape_is_named() -> None:
 def test_notes_name_what_cannot_run_or_was_not_measured() -> None:
     [note] = [n for n in plan_of("h100", backend="tensorrt-rtx").notes if "capability" in n]
     assert note == (
-        "TensorRT-RTX 1.7 builds for compute capability 7.5, 8.0, 8.6, 8.9, 12.0, 12.1; NVIDIA "
-        "H100 SXM5 80 GB has 9.0: use --backend tensorrt"
+        "TensorRT-RTX 1.7 builds for compute capability 7.5, 8.0, 8.6, 8.9, 12.0, 12.1, not for "
+        "Hopper or B200; NVIDIA H100 SXM5 80 GB has 9.0: use --backend tensorrt"
     )
     assert not any("capability" in n for n in plan_of("rtx4090", backend="tensorrt-rtx").notes)
     assert set(plan_of("rtx5090", backend="tensorrt-rtx", max_batch=1).fits_on) == {"a100-80"}
+    whole = plan_of("a100-80", backend="tensorrt", front_depth=0)
+    [note] = [n for n in whole.notes if "#4214" in n]
+    assert "--front-depth 30," in note
+    assert "A100" in note
+    half = plan_of("a100-80", backend="tensorrt", front_depth=30)
+    assert not any("#4214" in n for n in half.notes)
     assert any("no plan of TensorRT" in n for n in plan_of(backend="tensorrt").notes)
     assert any("CPU provider" in n for n in plan_of().notes)
 

@@ -7,9 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ditrim.commands.build_engine import _parser, options_from
-from ditrim.engines.backends.tensorrt.contexts import MOST_SPECIALISED_LENGTHS, specialisation
 from ditrim.engines.build.options import BuildOptions
-from ditrim.engines.sets.ladder import Ladder
+from ditrim.engines.sets.ladder import MOST_KEPT_COUNTS, Ladder
 from ditrim.plugins.errors import UsageError
 
 PLAN_BACKENDS = ["tensorrt", "tensorrt-rtx"]
@@ -54,12 +53,9 @@ def test_graphs_keep_every_count_apart(given: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("given", [{}, {"preset": "small"}, {"model": "qwen-edit-plus"}])
-def test_default_lengths_of_plans_let_kernels_be_compiled_ahead(given: dict[str, Any]) -> None:
+def test_default_lengths_of_plans_are_few(given: dict[str, Any]) -> None:
     ladder = BuildOptions(backend="tensorrt-rtx", **given).reference_ladder
-    assert len(kept_counts(ladder)) <= MOST_SPECIALISED_LENGTHS
-    assert specialisation(ladder, "auto")[0] == "eager"
-    fine = BuildOptions(backend="tensorrt-rtx", granularity=1, **given).reference_ladder
-    assert specialisation(fine, "auto")[0] == "lazy"
+    assert len(kept_counts(ladder)) <= MOST_KEPT_COUNTS
 
 
 @settings(max_examples=60, deadline=None)

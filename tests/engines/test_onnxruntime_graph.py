@@ -20,6 +20,7 @@ from tiny import MODEL_NAMES, make_call, tiny_transformer
 
 from ditrim.engines.backends.onnxruntime.graph import (
     column_sums_function,
+    column_sums_unrolled,
     use_own_operators,
 )
 from ditrim.export.assemble import assemble_graph, check_linked, index_weights, write_linked
@@ -45,7 +46,9 @@ def operators(path: Path) -> set[str]:
     return {node.op_type for body in bodies for node in body}
 
 
-def column_sums(queries: Array, keys: Array, scale: float, block_rows: int = 7) -> Array:
+def column_sums(
+    queries: Array, keys: Array, scale: float, block_rows: int = 7, *, is_half: bool = False
+) -> Array:
     def value(name: str, *axes: str) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(name, TensorProto.FLOAT, axes)
 
@@ -55,7 +58,7 @@ def column_sums(queries: Array, keys: Array, scale: float, block_rows: int = 7) 
     )
     model = helper.make_model(
         graph,
-        functions=[column_sums_function(block_rows)],
+        functions=[column_sums_unrolled() if is_half else column_sums_function(block_rows)],
         opset_imports=[
             helper.make_opsetid("", 23),
             helper.make_opsetid("ditrim", 1),
@@ -85,9 +88,72 @@ def random_rows(rows: int, keys: int, size: float = 1.0) -> tuple[Array, Array]:
 @pytest.mark.parametrize("keys", [1, 33])
 def test_column_sums_agree_with_the_float64_reference(rows: int, keys: int) -> None:
     queries, others = random_rows(rows, keys)
-    found = column_sums(queries, others, 0.35)
     expected = column_sums_reference(queries, others, 0.35)
-    assert np.abs(found - expected).max() <= 1e-5 * rows
+    for is_half in (False, True):
+        found = column_sums(queries, others, 0.35, is_half=is_half)
+        assert np.abs(found - expected).max() <= 1e-5 * rows
+
+
+# Since which opset the CUDA provider has an operator's kernel (its docs/OperatorKernels.md). A
+# kernel without an end serves the version of the operator that it says, and no later one.
+CUDA_SINCE = {
+    "Add": 14,
+    "Cast": 23,
+    "CastLike": None,  # a function of Cast
+    "Concat": 13,
+    "Constant": None,  # folded
+    "Cos": 7,
+    "Div": 14,
+    "Exp": 13,
+    "Expand": 13,
+    "Gather": 13,
+    "Gelu": 20,
+    "Gemm": 13,
+    "LayerNormalization": 17,
+    "MatMul": 13,
+    "Mul": 14,
+    "Neg": 13,
+    "Pow": 15,
+    "RMSNormalization": 23,
+    "Reciprocal": 13,
+    "ReduceSum": 13,
+    "Reshape": 23,
+    "RotaryEmbedding": 23,
+    "Shape": 23,
+    "Sigmoid": 13,
+    "Sin": 7,
+    "Slice": 13,
+    "Softmax": 13,
+    "Split": 18,
+    "Sqrt": 13,
+    "Squeeze": 23,
+    "Sub": 14,
+    "Sum": 13,
+    "Tanh": 13,
+    "Transpose": 23,
+    "Unsqueeze": 23,
+    "Where": 16,
+}
+
+
+@pytest.mark.parametrize("family", MODEL_NAMES)
+def test_graphs_of_16_bits_hold_what_cuda_has_kernels_for(family: str, tmp_path: Path) -> None:
+    transformer = tiny_transformer(family).half()
+    point = SplitPoint(num_layers=4, front_depth=1, representative_layers=LAYERS)
+    for role in ("front", "back"):
+        model = export_graph(transformer, point, role, torch.float16)
+        use_own_operators(model, transformer.config.num_attention_heads, is_half=True)
+        write_graph(model, tmp_path, role)
+        check_linked(tmp_path / f"{role}.onnx", full_check=True)
+        found = operators(tmp_path / f"{role}.onnx")
+        assert ("ColumnSums" in found) == (role == "back")
+        # Its attention of opset 23 came later than the rest.
+        wrong = {
+            name
+            for name in found - {"ColumnSums", "Attention"}
+            if CUDA_SINCE.get(name, 0) not in (None, onnx.defs.get_schema(name, 23).since_version)
+        }
+        assert not wrong
 
 
 @pytest.mark.parametrize("rows", [ONNXRUNTIME_ROWS - 1, ONNXRUNTIME_ROWS, 2 * ONNXRUNTIME_ROWS + 1])

@@ -18,6 +18,7 @@ from ditrim.engines.backends.tensorrt.graph import (
     graph_for_backend,
     log_sum_exp_unrolled,
 )
+from ditrim.engines.backends.tensorrt.refit import weights_of
 from ditrim.engines.backends.tensorrt.request import PlanRequest, Target
 from ditrim.engines.build.build import run_build
 from ditrim.engines.build.options import BuildOptions
@@ -93,9 +94,9 @@ def test_result_beyond_the_finite_spoils_no_later_block() -> None:
     np.testing.assert_allclose(found[:, :, 2:], expected, rtol=1e-6)
 
 
-def test_blocks_are_of_512_rows_where_there_are_enough_of_them() -> None:
+def test_blocks_are_of_256_rows_where_there_are_enough_of_them() -> None:
     assert [num_row_blocks(rows) for rows in (1, 144, RTX_ROWS)] == [1, 1, 1]
-    assert [num_row_blocks(rows) for rows in (513, 1024, 4096, 4097)] == [8, 8, 8, 9]
+    assert [num_row_blocks(rows) for rows in (257, 1024, 2048, 2049, 4096)] == [8, 8, 8, 9, 16]
     assert num_row_blocks(16 * RTX_ROWS) == num_row_blocks(100_000) == RTX_MOST_BLOCKS == 16
 
 
@@ -184,8 +185,8 @@ def test_operators_that_a_parser_lacks_are_of_older_ones_and_build(
 ) -> None:
     path, feed = back_graph
     model = onnx.load(str(path), load_external_data=False)
-    used = {node.op_type for body in (model.graph, *model.functions) for node in body.node}
-    assert set(NEW_OPERATORS) <= used
+    nodes = [node for body in (model.graph, *model.functions) for node in body.node]
+    assert set(NEW_OPERATORS) <= {node.op_type for node in nodes}
     changed = graph_for_backend(model, "tensorrt-rtx", missing=NEW_OPERATORS)
     left = {
         node.op_type
@@ -220,6 +221,83 @@ def test_operators_that_a_parser_lacks_are_of_older_ones_and_build(
     assert built.num_bytes > 10_000
 
 
+@needs_rtx
+def test_the_parser_does_not_scale_queries_and_keys_in_16_bits(
+    back_graph: tuple[Path, dict[str, Any]],
+) -> None:
+    """It multiplies both by the root of the node's scale in their own type: 1, or D^-0.25."""
+    import tensorrt_rtx as rtx
+
+    model = onnx.load(str(back_graph[0]), load_external_data=False)
+    nodes = [node for body in (model.graph, *model.functions) for node in body.node]
+    attentions = [node for node in nodes if node.op_type == "Attention"]
+    assert attentions
+    for attention in attentions:
+        given = {item.name: helper.get_attribute_value(item) for item in attention.attribute}
+        assert given["scale"] == 1.0
+        factors = []
+        one = onnx.parser.parse_model(
+            f"""<ir_version: 10, opset_import: ["": {OPSET}]>
+            g (bfloat16[1, 2, n, 128] q, bfloat16[1, 2, n, 128] k) => (bfloat16[1, 2, n, 128] y)
+            {{ y = Attention (q, k, k) }}"""
+        )
+        one.graph.node[0].attribute.extend(attention.attribute)
+        logger = rtx.Logger(rtx.Logger.ERROR)
+        network = rtx.Builder(logger).create_network(0)
+        parser = rtx.OnnxParser(network, logger)
+        assert parser.parse(one.SerializeToString())
+        for layer in (network.get_layer(index) for index in range(network.num_layers)):
+            assert layer.type != rtx.LayerType.UNARY  # roots of the head width
+            if layer.type == rtx.LayerType.CONSTANT:
+                layer.__class__ = rtx.IConstantLayer
+                factors.append(float(layer.weights.reshape(-1)[0]))
+        assert factors == [1.0, 1.0]
+
+
+@needs_rtx
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+def test_every_weight_of_a_stripped_plan_is_an_initializer(
+    backend: str, back_graph: tuple[Path, dict[str, Any]]
+) -> None:
+    """Those of a function are known by names that no initializer had."""
+    import tensorrt_rtx as rtx
+
+    class Silent(rtx.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            rtx.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None: ...
+
+    path, feed = back_graph
+    model = onnx.load(str(path), load_external_data=False)
+    assert any(node.op_type == "Constant" for item in model.functions for node in item.node)
+    changed = graph_for_backend(model, backend, num_blocks=2, is_stripped=True)
+    assert not changed.functions
+    assert not any(node.op_type == "Constant" for node in changed.graph.node)
+    if backend == "tensorrt":  # nothing here parses its plugin
+        return
+    target = path.with_name("stripped.onnx")
+    onnx.save(changed, str(target))
+    check_linked(target)
+    for one, other in zip(run_model(path, feed), run_model(target, feed), strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-5, atol=2e-5)
+    supplied = {weight.name for weight in weights_of(target)}
+    for prepared, is_complete in ((path.with_name("plain.onnx"), False), (target, True)):
+        logger = Silent()
+        if not is_complete:
+            onnx.save(graph_for_backend(model, backend, num_blocks=2), str(prepared))
+        network = rtx.Builder(logger).create_network(0)
+        parser = rtx.OnnxParser(network, logger)
+        assert parser.parse_from_file(str(prepared))
+        named = {
+            layer.name
+            for layer in (network.get_layer(index) for index in range(network.num_layers))
+            if layer.type == rtx.LayerType.CONSTANT and network.mark_weights_refittable(layer.name)
+        }
+        assert len(named) > 10
+        assert (named <= supplied) == is_complete
+
+
 TWO_LAYERS = """
     {a}_all = Concat <axis = 1> ({a}, reference)
     {a}_q1 = MatMul ({a}, w_in)
@@ -228,7 +306,7 @@ TWO_LAYERS = """
     {a}_k2 = Reshape ({a}_k1, heads)
     {a}_q = Transpose <perm = [0, 2, 1, 3]> ({a}_q2)
     {a}_k = Transpose <perm = [0, 2, 1, 3]> ({a}_k2)
-    {a}_o1 = Attention ({a}_q, {a}_k, {a}_k)
+    {a}_o1 = Attention <scale: float = 1.0> ({a}_q, {a}_k, {a}_k)
     {a}_o2 = Transpose <perm = [0, 2, 1, 3]> ({a}_o1)
     {a}_o3 = Reshape ({a}_o2, joined)
     {b} = MatMul ({a}_o3, w_out)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -52,6 +53,25 @@ def manifest(engine_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Manifest:
             "separate_anchor": False,
         },
     )
+
+
+def test_of_what_the_library_logs_complaints_and_figures_are_kept() -> None:
+    base = type("ILogger", (), {})
+    logger = module._make_logger(SimpleNamespace(ILogger=base, __name__="tensorrt"))
+    with module.log_captured() as lines:
+        for severity, message in (
+            ("VERBOSE", "one of thousands"),
+            ("INFO", "Total Weights Memory: 12 bytes"),
+            ("WARNING", "a warning"),
+            ("INFO", "something else"),
+            ("ERROR", "an error"),
+        ):
+            logger.log(SimpleNamespace(name=severity), message)
+    assert lines == [
+        ("INFO", "Total Weights Memory: 12 bytes"),
+        ("WARNING", "a warning"),
+        ("ERROR", "an error"),
+    ]
 
 
 def test_plan_for_this_library_gpu_and_driver_is_accepted(manifest: Manifest) -> None:

@@ -7,6 +7,7 @@ arena, addresses, graphs and threads. What stands in is the library's own execut
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 import re
 import shutil
@@ -30,14 +31,12 @@ from ditrim.engines.backends.tensorrt.contexts import (
     ArenaSize,
     BoundedCache,
     GraphBook,
-    ReplayVerdict,
     choose_profile,
-    specialisation,
 )
+from ditrim.engines.backends.tensorrt.device import CaptureError, DriverGraph
 from ditrim.engines.backends.tensorrt.engines import TensorRTEngines
 from ditrim.engines.load import load_engines
 from ditrim.engines.sets.engine_set import EngineSet
-from ditrim.engines.sets.ladder import Ladder
 from ditrim.plugins.errors import (
     BackendError,
     DitrimError,
@@ -97,10 +96,12 @@ def edit(engines: Any, arguments: dict[str, Any], family: str = FAMILY) -> torch
         return pipe(**copy.deepcopy(arguments)).images  # type: ignore[no-any-return]
 
 
-def back_call(engines: TensorRTEngines, reference: int = 20, batch: int = 1) -> dict[str, Any]:
+def back_call(
+    engines: TensorRTEngines, reference: int = 20, batch: int = 1, text: int = 5
+) -> dict[str, Any]:
     """Random inputs and empty outputs of BACK."""
     generator = torch.Generator().manual_seed(reference)
-    sizes = {"batch": batch, "noisy": 12, "reference": reference, "text": 5, "rows": 12}
+    sizes = {"batch": batch, "noisy": 12, "reference": reference, "text": text, "rows": 12}
     spec = engines.engine_set.manifest.plans["back"]
     inputs = {}
     for item in spec.inputs:
@@ -152,48 +153,19 @@ def test_the_smallest_profile_that_holds_the_length_is_chosen(make: Make) -> Non
             chosen(**axes)
 
 
-def actions(book: GraphBook[str], addresses: tuple[int, ...], count: int, **times: float) -> str:
-    """First letters of what a book says for calls in a row, each of which takes its time."""
+def actions(book: GraphBook[str], addresses: tuple[int, ...], count: int) -> str:
+    """First letters of what a book says for calls in a row."""
     said = ""
     for _ in range(count):
         action = book.next_action(addresses)
         said += action[0]
         if action == "capture":
-            book.keep(addresses, "graph", times.get("capture", 3.0))
-        elif book.verdict.outcome == "undecided":
-            book.verdict.record(action, times[action])
+            book.keep(addresses, "graph")
     return said
 
 
-def test_replay_is_kept_where_it_measures_faster_and_dropped_where_not() -> None:
-    verdict = ReplayVerdict()
-    book: GraphBook[str] = GraphBook(verdict)
-    said = actions(book, (1, 2), 14, enqueue=2.0, replay=1.0)
-    assert said == "ec" + "rererererr" + "rr"  # one plain call, a capture, the trial in turns
-    assert verdict.as_dict() | {"times": 0} == {
-        "outcome": "replay",
-        "enqueue_ms": 2.0,
-        "replay_ms": 1.0,
-        "capture_ms": 3.0,
-        "reason": None,
-        "times": 0,
-    }
-    for replay in (1.99, 2.5):  # a gain below 2 % is none
-        slower: GraphBook[str] = GraphBook(ReplayVerdict())
-        assert actions(slower, (1,), 16, enqueue=2.0, replay=replay).endswith("eeee")
-        assert slower.verdict.outcome == "enqueue"
-
-
-def test_a_decided_capture_waits_until_it_has_lost_its_price() -> None:
-    book: GraphBook[str] = GraphBook(ReplayVerdict())
-    actions(book, (1,), 14, enqueue=2.0, replay=1.0, capture=3.0)
-    assert actions(book, (2,), 5) == "eeecr"  # saves 1 ms a call, costs 3
-    assert actions(GraphBook(ReplayVerdict(mode="on")), (1,), 4) == "ecrr"
-    assert actions(GraphBook(ReplayVerdict(mode="off")), (1,), 4) == "eeee"
-
-
 def test_graphs_are_bounded_and_go_when_the_arena_moves() -> None:
-    book: GraphBook[str] = GraphBook(ReplayVerdict(mode="on"), most_graphs=2)
+    book: GraphBook[str] = GraphBook(most_graphs=2)
     for address in range(3):
         assert actions(book, (address,), 3) == "ecr"
     assert len(book) == 2
@@ -201,6 +173,46 @@ def test_graphs_are_bounded_and_go_when_the_arena_moves() -> None:
     book.clear()
     assert len(book) == 0
     assert actions(book, (0,), 3) == "ecr"  # a plain call comes first again
+
+
+class Driver:
+    """Stands for the CUDA driver; `failing` functions return an error."""
+
+    def __init__(self, *failing: str) -> None:
+        self.failing, self.called = failing, list[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*arguments: Any) -> int:
+            self.called.append(name)
+            if name == "cuStreamEndCapture" and name not in self.failing:
+                arguments[1]._obj.value = 7
+            return 901 * (name in self.failing)
+
+        return call
+
+
+@pytest.mark.parametrize(
+    ("failing", "is_queued", "message"),
+    [
+        ("cuStreamBeginCapture_v2", True, "cuStreamBeginCapture_v2 said 901"),
+        ("cuStreamEndCapture", True, "cuStreamEndCapture said 901"),
+        ("", False, "does not run while a graph is captured"),
+        ("cuGraphInstantiateWithFlags", True, "InstantiateWithFlags said 901"),
+    ],
+)
+def test_a_failed_capture_ends_and_leaves_nothing(
+    failing: str, is_queued: bool, message: str
+) -> None:
+    driver = Driver(failing)
+    with pytest.raises(CaptureError, match=message):
+        DriverGraph(driver, 1, lambda: is_queued)
+    has_begun = failing != "cuStreamBeginCapture_v2"
+    assert ("cuStreamEndCapture" in driver.called) == has_begun
+    has_graph = has_begun and failing != "cuStreamEndCapture"
+    assert ("cuGraphDestroy" in driver.called) == has_graph
+    driver = Driver()
+    DriverGraph(driver, 1, lambda: True).launch(1)
+    assert driver.called[-2:] == ["cuGraphDestroy", "cuGraphLaunch"]
 
 
 def test_the_arena_takes_whole_steps() -> None:
@@ -212,19 +224,6 @@ def test_the_arena_takes_whole_steps() -> None:
     assert not arena.needs_growth(ARENA_STEP_BYTES)
     assert arena.needs_growth(ARENA_STEP_BYTES + 1)
     assert arena.generation == 1
-
-
-def test_rtx_kernels_are_compiled_per_length_where_lengths_are_few() -> None:
-    fine, coarse = Ladder.even(4096), Ladder.even(4096, granularity=64)
-    assert specialisation(coarse, "auto") == (
-        "eager",
-        "there are 64 kept counts at granularity 64",
-    )
-    strategy, reason = specialisation(fine, "auto")
-    assert strategy == "lazy"
-    assert "4096 kept counts at granularity 1, too many" in reason
-    assert specialisation(fine, "on")[0] == "eager"
-    assert specialisation(coarse, "off")[0] == "lazy"
 
 
 # All of it.
@@ -250,9 +249,9 @@ def test_pictures_are_those_of_onnx_runtime(
         expected = edit(truth(family), arguments, family)
         assert torch.equal(edit(engines, arguments, family), expected)
     stats = engines.stats()
-    assert stats["contexts"] == stats["live_contexts"] > 4
+    assert stats["contexts"] == stats["live_contexts"] > 1
     assert stats["arena_bytes"] == engines._hardware.allocated[-1]  # type: ignore[attr-defined]
-    roles = {name.split()[0] for name in stats["cuda_graphs"]}
+    roles = {key.role for key in engines._contexts._items}
     assert roles == {"front", "back"} | ({"anchor"} if separate_anchor else set())
 
 
@@ -278,7 +277,7 @@ def test_threads_take_turns_in_one_arena(make: Make, truth: Any) -> None:
     requests = [request(FAMILY, seed=i, side=48 + 16 * (i % 2), steps=3) for i in range(4)]
     expected = [edit(truth(), arguments) for arguments in requests]
     for cuda_graphs in ("off", "on"):
-        engines = make(cuda_graphs=cuda_graphs, max_contexts=3)
+        engines = make(cuda_graphs=cuda_graphs, max_contexts=3, backend="tensorrt")
         pipes = [tiny_pipeline(FAMILY) for _ in requests]
         barrier = threading.Barrier(len(requests))
 
@@ -324,30 +323,21 @@ def test_the_stand_in_notices_runs_that_do_not_take_turns(make: Make) -> None:
     assert "another run wrote into the arena" in found
 
 
-@pytest.mark.parametrize(("replay_ms", "outcome"), [(1.0, "replay"), (3.0, "enqueue")])
-def test_graphs_are_tried_and_kept_only_where_they_pay(
-    replay_ms: float, outcome: str, make: Make
-) -> None:
-    engines = make(
-        hardware=ThreadHardware(replay_ms=replay_ms), backend="tensorrt", cuda_graphs="auto"
-    )
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx"])
+def test_graphs_of_calls_on_the_same_tensors_are_replayed(backend: str, make: Make) -> None:
+    engines = make(backend=backend, cuda_graphs="on")
     call = back_call(engines)
     engines.run(**call)
     expected = {name: tensor.clone() for name, tensor in call["outputs"].items()}
-    for _ in range(20):
+    for _ in range(4):
         for tensor in call["outputs"].values():
             tensor.zero_()
         engines.run(**call)
         assert all(torch.equal(call["outputs"][name], expected[name]) for name in expected)
     stats = engines.stats()
-    (verdict,) = stats["cuda_graphs"].values()
-    assert (verdict["outcome"], verdict["enqueue_ms"], verdict["replay_ms"]) == (
-        outcome,
-        2.0,
-        replay_ms,
-    )
-    assert stats["capture"] == 1
-    assert (stats["replay"] > 10) == (outcome == "replay")
+    # TensorRT-RTX captures by itself.
+    counts = (1, 1, 3) if backend == "tensorrt" else (5, 0, 0)
+    assert (stats["enqueue"], stats["capture"], stats["replay"]) == counts
     # Other tensors are other addresses: the graph of the first must not serve them.
     other = back_call(engines)
     other["inputs"]["noisy"] += 1
@@ -356,49 +346,65 @@ def test_graphs_are_tried_and_kept_only_where_they_pay(
 
 
 def test_where_nothing_can_be_captured_calls_stay_plain(make: Make) -> None:
-    for changes, capturable, reason in (
-        ({"hardware": ThreadHardware(captures=False)}, True, "capturing failed: operation not"),
-        ({}, False, "tensorrt-rtx cannot be captured in this context"),
-    ):
-        engines = make(cuda_graphs="on", **changes)  # type: ignore[arg-type]
-        for engine in engines._library.module.engines:
-            engine._is_capturable = capturable
-        call = back_call(engines)
-        for _ in range(4):
-            engines.run(**call)
-        stats = engines.stats()
-        (verdict,) = stats["cuda_graphs"].values()
-        assert (stats["enqueue"], stats["replay"]) == (4, 0)
-        assert reason in verdict["reason"]
-    streamed = make(cuda_graphs="on")
-    assert streamed._library.module.engines[0].streamable_weights_size == 0
+    engines = make(hardware=ThreadHardware(captures=False), backend="tensorrt", cuda_graphs="on")
+    call = back_call(engines)
+    for _ in range(4):
+        engines.run(**call)
+    stats = engines.stats()
+    assert (stats["enqueue"], stats["capture"], stats["replay"]) == (4, 0, 0)
+    assert "capturing failed: operation not" in stats["not_captured"]["back"]
 
 
 def test_weights_that_are_streamed_are_never_captured(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stand_in.ICudaEngine, "streamable_weights_size", 100)
-    engines = make(cuda_graphs="on")
+    engines = make(cuda_graphs="on", backend="tensorrt")
     call = back_call(engines)
     for _ in range(3):
         engines.run(**call)
-    (verdict,) = engines.stats()["cuda_graphs"].values()
-    assert verdict["reason"] == "its weights are streamed"
+    stats = engines.stats()
+    assert stats["not_captured"]["back"] == "its weights are streamed"
+    assert stats["enqueue"] == 3
 
 
-def test_rtx_contexts_say_how_kernels_are_compiled_and_share_them(make: Make) -> None:
-    for cuda_graphs, granularity, strategy in (("auto", 1, "EAGER"), ("off", 1, "LAZY")):
-        engines = make(cuda_graphs=cuda_graphs, granularity=granularity)
+def test_rtx_compiles_beside_the_run_captures_and_keeps_its_kernels(
+    make: Make, tmp_path: Path
+) -> None:
+    for cuda_graphs, strategy in (("auto", "WHOLE_GRAPH_CAPTURE"), ("off", "DISABLED")):
+        engines = make(cuda_graphs=cuda_graphs)
         for engine in engines._library.module.engines:
             (config,) = engine._configs
-            assert config.dynamic_shapes_kernel_specialization_strategy.name == strategy
-            assert config._cache is not None
-        assert f"{strategy.lower()} kernels" in engines.choice
-    assert "kernels" not in make(backend="tensorrt").choice
+            assert config.dynamic_shapes_kernel_specialization_strategy.name == "LAZY"
+            assert config.cuda_graph_strategy.name == strategy
+            config._cache._content += b"kernels of this run"
+    engines.close()
+    assert (tmp_path / "set" / "back.kernels").read_bytes() == b"kernels of this run"
+    loaded = make()
+    (config,) = loaded._library.module.engines[1]._configs
+    assert config._cache._content == b"kernels of this run"
+    make(backend="tensorrt").close()
 
 
-def test_contexts_are_bounded_and_never_change_their_shapes(make: Make) -> None:
-    engines = make(max_contexts=2, cuda_graphs="off")
+def test_contexts_of_a_plan_change_their_shapes_unless_it_holds_a_plugin(make: Make) -> None:
+    for changes, num_contexts in (
+        ({"backend": "tensorrt-rtx"}, 1),
+        ({"backend": "tensorrt", "separate_anchor": True}, 1),
+        ({"backend": "tensorrt"}, 3),
+        ({"backend": "tensorrt", "separate_anchor": True, "cuda_graphs": "on"}, 3),
+    ):
+        engines = make(**changes)  # type: ignore[arg-type]
+        plain: dict[int, torch.Tensor] = {}
+        for text in (5, 7, 9, 5, 7, 9):
+            call = back_call(engines, 60, text=text)
+            engines.run(**call)
+            velocity = call["outputs"]["velocity"]
+            assert torch.equal(velocity, plain.setdefault(text, velocity.clone()))
+        assert engines.stats()["contexts"] == num_contexts
+
+
+def test_contexts_are_bounded(make: Make) -> None:
+    engines = make(max_contexts=2, backend="tensorrt")
     calls = [back_call(engines, reference) for reference in (10, 20, 30)]
     expected = []
     for call in calls:
@@ -414,7 +420,7 @@ def test_contexts_are_bounded_and_never_change_their_shapes(make: Make) -> None:
 
 def test_the_arena_grows_and_old_graphs_are_forgotten(make: Make) -> None:
     hardware = ThreadHardware()
-    engines = make(hardware=hardware, cuda_graphs="on")
+    engines = make(hardware=hardware, backend="tensorrt", cuda_graphs="on")
     small, large = back_call(engines, 10), back_call(engines, 60, batch=4)
     for _ in range(3):
         engines.run(**small)
@@ -448,12 +454,21 @@ def test_too_little_memory_says_what_to_lower_and_engines_go_on(make: Make) -> N
 def test_a_failing_library_is_quoted(make: Make) -> None:
     engines = make()
     call = back_call(engines)
+    engines.run(**call)
     for engine in engines._library.module.engines:
         engine._fails = True
     with pytest.raises(
         BackendError, match=r"could not run the back plan at .*x.* \(enqueueV3: the kernel is on st"
     ):
         engines.run(**call)
+    with pytest.raises(
+        BackendError, match=r"profile \d was refused \(Error in set optimization profile async"
+    ):
+        engines.run(**back_call(engines, 60))
+    engines = make(no_size=True)
+    for _ in range(2):  # it is not kept as a size
+        with pytest.raises(BackendError, match=r"could not be told .*\(no size of these shapes\)"):
+            engines.run(**call)
     engines = make(no_context=True)
     with pytest.raises(
         BackendError, match=r"context could not be made .*OutOfMemory\)\. If memory .*max_contexts"
@@ -509,6 +524,27 @@ def test_an_input_inside_a_larger_tensor_is_copied_where_it_is_not_aligned(make:
     call["inputs"]["noisy"] = shifted
     engines.run(**call)
     assert torch.equal(call["outputs"]["velocity"], expected)
+
+
+def test_engines_that_go_wait_for_their_last_run(make: Make) -> None:
+    hardware = ThreadHardware()
+    engines = make(hardware=hardware)
+    engines.run(**back_call(engines))
+    last, finished = engines._last_use, list[Any]()
+    hardware.finish = finished.append  # type: ignore[method-assign]
+    del engines
+    gc.collect()
+    assert finished == [last]
+
+
+def test_a_context_that_does_not_fit_the_arena_is_waited_for(make: Make) -> None:
+    hardware = ThreadHardware()
+    engines = make(hardware=hardware, backend="tensorrt", max_contexts=2)
+    hardware.free_bytes = 0
+    with pytest.raises(BackendError, match="no memory for the activations"):
+        engines.run(**back_call(engines))
+    assert [context.last_use for context in engines._contexts] == [engines._last_use]
+    assert engines._last_use is not None
 
 
 # Loading.
@@ -681,6 +717,7 @@ def _parameters(text: str) -> list[list[str]]:
 def test_tensorrt_rtx_has_every_name_that_the_stand_in_has() -> None:
     rtx = pytest.importorskip("tensorrt_rtx")
     for kind in (
+        stand_in.IRuntimeCache,
         stand_in.IRuntimeConfig,
         stand_in.IExecutionContext,
         stand_in.ICudaEngine,
@@ -708,6 +745,7 @@ def test_tensorrt_rtx_has_every_name_that_the_stand_in_has() -> None:
     for member, flag in stand_in.EngineInvalidityDiagnostics.__members__.items():
         assert int(rtx.EngineInvalidityDiagnostics.__members__[member]) == int(flag)
     assert hasattr(rtx.IRuntimeConfig, "dynamic_shapes_kernel_specialization_strategy")
+    assert hasattr(rtx.IRuntimeConfig, "cuda_graph_strategy")
 
 
 def test_tensorrt_rtx_itself_refuses_a_damaged_plan(make: Make, tmp_path: Path) -> None:
@@ -728,11 +766,8 @@ def test_tensorrt_rtx_itself_refuses_a_damaged_plan(make: Make, tmp_path: Path) 
 
 
 def test_torch_has_what_the_gpu_side_uses() -> None:
-    parameters = inspect.signature(torch.cuda.CUDAGraph.capture_begin).parameters
-    assert "capture_error_mode" in parameters
     for kind, names in (
-        (torch.cuda.CUDAGraph, ("capture_begin", "capture_end", "replay")),
-        (torch.cuda.Event, ("record", "query", "synchronize", "elapsed_time")),
+        (torch.cuda.Event, ("record", "synchronize")),
         (torch.cuda.Stream, ("wait_stream", "wait_event", "synchronize")),
     ):
         assert all(hasattr(kind, name) for name in names)

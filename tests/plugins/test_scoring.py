@@ -28,9 +28,12 @@ from ditrim.plugins.reference import (
 Array = NDArray[np.float32]
 
 
-def onnx_model(scale: float, block_rows: int = PORTABLE_ROWS) -> onnx.ModelProto:
+def onnx_model(
+    scale: float, block_rows: int = PORTABLE_ROWS, element: int = TensorProto.FLOAT
+) -> onnx.ModelProto:
     def value(name: str, *axes: str) -> onnx.ValueInfoProto:
-        return helper.make_tensor_value_info(name, TensorProto.FLOAT, axes)
+        kind = element if name in "qk" else TensorProto.FLOAT
+        return helper.make_tensor_value_info(name, kind, axes)
 
     node = helper.make_node("LogSumExp", ["q", "k", "b"], ["y"], domain="ditrim", scale=scale)
     graph = helper.make_graph(
@@ -141,6 +144,26 @@ def test_logits_beyond_float32_exp_do_not_overflow() -> None:
     q, k = np.full((1, 1, 1, 1), 80.0, "f4"), np.array([[[[80.0], [-80.0]]]], "f4")
     found = run_onnx(q, k, np.zeros((1, 1, 2), "f4"), 1.0)
     np.testing.assert_allclose(found, 6400.0, rtol=1e-6)
+
+
+def test_logits_of_bfloat16_queries_are_not_rounded_to_bfloat16() -> None:
+    generator = torch.Generator().manual_seed(0)
+    queries, keys = (torch.randn(1, 2, n, 128, generator=generator) for n in (9, 40))
+    queries *= 50 / (queries @ keys.mT).abs().max()  # logits up to 50
+    queries, keys, bias = queries.bfloat16(), keys.bfloat16(), torch.zeros(1, 2, 40)
+    expected = log_sum_exp_reference(queries.float().numpy(), keys.float().numpy())
+    rounded = torch.logsumexp((queries @ keys.mT).float(), dim=-1).numpy()
+    assert np.abs(rounded - expected).max() > 0.02
+    assert np.abs(log_sum_exp(queries, keys, bias, 1.0).numpy() - expected).max() < 1e-4
+    model = onnx_model(1.0, 4, TensorProto.BFLOAT16).SerializeToString()
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    binding, found = session.io_binding(), torch.empty(1, 2, 9)
+    for name, tensor in (("q", queries), ("k", keys), ("b", bias)):
+        kind = TensorProto.FLOAT if name == "b" else TensorProto.BFLOAT16
+        binding.bind_input(name, "cpu", 0, kind, tensor.shape, tensor.data_ptr())
+    binding.bind_output("y", "cpu", 0, TensorProto.FLOAT, found.shape, found.data_ptr())
+    session.run_with_iobinding(binding)
+    assert np.abs(found.numpy() - expected).max() < 1e-4
 
 
 def test_shapes_and_dtypes_that_do_not_fit_are_named() -> None:

@@ -2,9 +2,9 @@
 
 A "plan" names an ONNX graph. Its context runs that graph when the stream's thread comes to it, on
 the addresses that were set, and obeys the real library's rules: profile before shapes, shapes
-inside the profile and never changed, every address set and aligned, an arena that is large enough
-and that nobody else writes meanwhile. `test_tensorrt_runtime.py` checks that the real library has
-every name that is used here.
+inside the profile and never changed where the plan holds a plugin or a graph was captured, every
+address set and aligned, an arena that is large enough and that nobody else writes meanwhile.
+`test_tensorrt_runtime.py` checks that the real library has every name that is used here.
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ class ThreadStream:
 
     def __init__(self) -> None:
         self.captured: list[Callable[[], None]] | None = None
-        self.milliseconds = 0.0
         self.error: BaseException | None = None
         self._queue: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, daemon=True)
@@ -75,33 +74,18 @@ class ThreadStream:
                 self.error = self.error or error
 
 
-class ThreadEvent:
-    def __init__(self) -> None:
-        self.happened = threading.Event()
-        self.milliseconds = 0.0
-
-
 class ThreadHardware:
-    """Stands for a GPU (see `Hardware`); time is counted, not measured.
+    """Stands for a GPU (see `Hardware`).
 
     Args:
-        enqueue_ms, replay_ms: what a plain call and a replayed one take.
         free_bytes: how much can be allocated at once.
         captures: whether capturing works.
     """
 
-    def __init__(
-        self,
-        *,
-        enqueue_ms: float = 2.0,
-        replay_ms: float = 1.0,
-        free_bytes: int = 1 << 40,
-        captures: bool = True,
-    ) -> None:
+    def __init__(self, *, free_bytes: int = 1 << 40, captures: bool = True) -> None:
         self.device = torch.device("cpu")
         self.name = "a stand-in GPU"
         self.alignment = ALIGNMENT
-        self.enqueue_ms, self.replay_ms = enqueue_ms, replay_ms
         self.free_bytes, self.captures = free_bytes, captures
         self.allocated: list[int] = []
         self._streams: dict[int, ThreadStream] = {}
@@ -123,24 +107,16 @@ class ThreadHardware:
     def handle(self, stream: ThreadStream) -> int:
         return id(stream)
 
-    def mark(self, stream: ThreadStream) -> ThreadEvent:
-        event = ThreadEvent()
-
-        def happen() -> None:
-            event.milliseconds = stream.milliseconds
-            event.happened.set()
-
-        stream.submit(happen)
+    def mark(self, stream: ThreadStream) -> threading.Event:
+        event = threading.Event()
+        stream.submit(event.set)
         return event
 
-    def wait(self, stream: ThreadStream, event: ThreadEvent) -> None:
-        stream.submit(lambda: assert_(event.happened.wait(30), "a stream waits for ever"))
+    def wait(self, stream: ThreadStream, event: threading.Event) -> None:
+        stream.submit(lambda: assert_(event.wait(30), "a stream waits for ever"))
 
-    def finish(self, event: ThreadEvent) -> None:
-        assert_(event.happened.wait(30), "the host waits for ever")
-
-    def elapsed_ms(self, start: ThreadEvent, end: ThreadEvent) -> float | None:
-        return end.milliseconds - start.milliseconds if end.happened.is_set() else None
+    def finish(self, event: threading.Event) -> None:
+        assert_(event.wait(30), "the host waits for ever")
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
         if num_bytes > self.free_bytes:
@@ -159,12 +135,8 @@ class ThreadHardware:
         return graph
 
     def replay(self, graph: list[Callable[[], None]], stream: ThreadStream) -> None:
-        def slower_than_counted() -> None:
-            stream.milliseconds += self.replay_ms - self.enqueue_ms
-
         for work in graph:
             stream.submit(work)
-        stream.submit(slower_than_counted)
 
     def synchronize(self) -> None:
         with self.session_stream():
@@ -195,6 +167,10 @@ class DynamicShapesKernelSpecializationStrategy(enum.Enum):
     LAZY, EAGER, NONE = range(3)
 
 
+class CudaGraphStrategy(enum.Enum):
+    DISABLED, WHOLE_GRAPH_CAPTURE = range(2)
+
+
 class EngineValidity(enum.Enum):
     VALID, SUBOPTIMAL, INVALID = range(3)
 
@@ -203,25 +179,41 @@ class EngineInvalidityDiagnostics(enum.IntEnum):
     VERSION_MISMATCH, UNSUPPORTED_CC, MALFORMED_ENGINE = 1, 2, 32
 
 
+class IRuntimeCache:
+    def __init__(self) -> None:
+        self._content = b""
+
+    def deserialize(self, blob: bytes) -> bool:
+        self._content = bytes(blob)
+        return self._content.startswith(b"kernels")
+
+    def serialize(self) -> bytes:
+        return self._content or b"kernels"
+
+
 class IRuntimeConfig:
     def __init__(self) -> None:
         self._strategy = ExecutionContextAllocationStrategy.STATIC
         self.dynamic_shapes_kernel_specialization_strategy = (
-            DynamicShapesKernelSpecializationStrategy.LAZY
+            DynamicShapesKernelSpecializationStrategy.EAGER
         )
-        self._cache: object = None
+        self.cuda_graph_strategy = CudaGraphStrategy.DISABLED
+        self._cache: IRuntimeCache | None = None
 
     def set_execution_context_allocation_strategy(
         self, strategy: ExecutionContextAllocationStrategy
     ) -> None:
         self._strategy = strategy
 
-    def create_runtime_cache(self) -> object:
-        return object()
+    def create_runtime_cache(self) -> IRuntimeCache:
+        return IRuntimeCache()
 
-    def set_runtime_cache(self, cache: object) -> bool:
+    def set_runtime_cache(self, cache: IRuntimeCache) -> bool:
         self._cache = cache
         return True
+
+    def get_runtime_cache(self) -> IRuntimeCache | None:
+        return self._cache
 
 
 class Weights:
@@ -244,17 +236,19 @@ class IExecutionContext:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._arena = (0, 0)
-        self._has_run = False
+        self._is_fixed = False
         engine._live_contexts.append(self)
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
         assert_(not self._shapes, "the profile comes before the shapes")
         self._engine._hardware.stream_of(stream_handle)
+        if profile_index >= self._engine.num_optimization_profiles or self._engine._fails:
+            raise RuntimeError("Error in set optimization profile async.")
         self._profile = profile_index
-        return profile_index < self._engine.num_optimization_profiles
+        return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        assert_(not self._has_run, "a context changed its shapes")
+        assert_(not self._is_fixed, "a context changed its shapes")
         assert self._profile is not None
         least, _, most = self._engine.get_tensor_profile_shape(name, self._profile)
         fits = all(a <= b <= c for a, b, c in zip(least, shape, most, strict=True))
@@ -265,6 +259,9 @@ class IExecutionContext:
         return [name for name in self._engine._inputs if name not in self._shapes]
 
     def update_device_memory_size_for_shapes(self) -> int:
+        if self._engine._plan.get("no_size"):
+            self._engine._logger.log(SimpleNamespace(name="ERROR"), "no size of these shapes")
+            return 0
         return 256 * sum(math.prod(shape) for shape in self._shapes.values())
 
     def set_device_memory(self, memory: int, size: int) -> None:
@@ -276,9 +273,6 @@ class IExecutionContext:
         self._addresses[name] = memory
         return True
 
-    def is_stream_capturable(self, stream: int) -> bool:
-        return self._engine._is_capturable
-
     def execute_async_v3(self, stream_handle: int) -> bool:
         engine = self._engine
         assert_(
@@ -289,7 +283,7 @@ class IExecutionContext:
         if engine._fails:
             engine._logger.log(SimpleNamespace(name="ERROR"), "enqueueV3: the kernel is on strike")
             return False
-        self._has_run = True
+        self._is_fixed |= engine._plan["holds_plugin"] or stream.captured is not None
         shapes, addresses, arena = dict(self._shapes), dict(self._addresses), self._arena
 
         def work() -> None:
@@ -299,7 +293,6 @@ class IExecutionContext:
                 end.value = mine
             engine._run(shapes, addresses)
             assert_(all(end.value == mine for end in ends), "another run wrote into the arena")
-            stream.milliseconds += engine._hardware.enqueue_ms
 
         stream.submit(work)
         return True
@@ -317,7 +310,7 @@ class ICudaEngine:
         self._outputs = {name: (dtype, shape) for name, dtype, shape in plan["outputs"]}
         self._live_contexts: list[IExecutionContext] = []
         self._configs: list[IRuntimeConfig] = []
-        self._is_capturable, self._fails = True, False
+        self._fails = False
         self._given: dict[str, bytes] | None = None
         self._session: Any = None
         if not plan["stripped"]:
@@ -442,6 +435,7 @@ def make_library(hardware: ThreadHardware, backend: str = "tensorrt-rtx") -> Lib
         TensorIOMode=TensorIOMode,
         ExecutionContextAllocationStrategy=ExecutionContextAllocationStrategy,
         DynamicShapesKernelSpecializationStrategy=DynamicShapesKernelSpecializationStrategy,
+        CudaGraphStrategy=CudaGraphStrategy,
         EngineValidity=EngineValidity,
         EngineInvalidityDiagnostics=EngineInvalidityDiagnostics,
         Weights=Weights,
@@ -470,7 +464,6 @@ def stand_in_set(
     backend: str = "tensorrt-rtx",
     separate_anchor: bool = False,
     stripped: bool = False,
-    granularity: int | None = None,
     **changes: Any,
 ) -> EngineSet:
     """A set of stand-in plans in `folder`, over the graphs of a built onnxruntime set.
@@ -483,11 +476,6 @@ def stand_in_set(
         if path.suffix in (".onnx", ".safetensors") and not (folder / path.name).exists():
             shutil.copy(path, folder / path.name)
     manifest = read_manifest(built)
-    ladder = (
-        manifest.ladder
-        if granularity is None
-        else replace(manifest.ladder, granularity=granularity)
-    )
     plans = {}
     for role in plan_roles(separate_anchor=separate_anchor):
         graph = manifest.graphs["front" if role == "front" else "back"]
@@ -495,7 +483,7 @@ def stand_in_set(
         spec = PlanSpec(
             file=f"{role}.plan",
             profiles=ladder_profiles(
-                ladder, manifest.limits, role, separate_anchor=separate_anchor
+                manifest.ladder, manifest.limits, role, separate_anchor=separate_anchor
             ),
             inputs=tuple(t for t in graph.inputs if scored or t.name != "score_rows"),
             outputs=tuple(t for t in graph.outputs if scored or t.name != "influence"),
@@ -505,6 +493,7 @@ def stand_in_set(
             "magic": MAGIC,
             "graph": str(folder / graph.file),
             "stripped": stripped,
+            "holds_plugin": backend == "tensorrt" and role != "front" and scored,
             "inputs": [list(asdict(tensor).values()) for tensor in spec.inputs],
             "outputs": [list(asdict(tensor).values()) for tensor in spec.outputs],
             "profiles": [
@@ -525,5 +514,5 @@ def stand_in_set(
         "weights": "stripped" if stripped else "included",
         "separate_anchor": separate_anchor,
     }
-    manifest = replace(manifest, backend=backend, plans=plans, target=target, ladder=ladder)
+    manifest = replace(manifest, backend=backend, plans=plans, target=target)
     return EngineSet(folder=folder, manifest=manifest)

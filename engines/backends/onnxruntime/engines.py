@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,8 @@ def session_options(path: Path, device: str = "cpu", threads: int = 0) -> Sessio
     # waits would slow the other.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_US))
+    if device == "cuda":
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if device == "cpu":
         # Sessions run in turn, so their activations share one arena. A pattern is remembered for
         # every length ever seen, and asks the arena for one block of all that it holds.
@@ -68,6 +71,37 @@ def session_options(path: Path, device: str = "cpu", threads: int = 0) -> Sessio
             "optimization.constant_folding_max_output_size_in_bytes", str(_FOLDED_BYTES)
         )
     return options
+
+
+def _cuda_options(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """The CUDA provider's options.
+
+    Its arena takes what is asked for and not the next power of two. A set in float32 is multiplied
+    in float32; products of 16-bit numbers that are widened to be exact are so in TF32 too.
+    """
+    return {
+        "device_id": device.index or 0,
+        "arena_extend_strategy": "kSameAsRequested",
+        "use_tf32": int(dtype != torch.float32),
+    }
+
+
+def _left_to_cpu(sessions: Iterable[onnxruntime.InferenceSession]) -> str:
+    """What of the graphs the CPU runs though a GPU was chosen, as the end of a sentence.
+
+    Its inputs and outputs are copied. Computing shapes is meant to be there.
+    """
+    counts: Counter[str] = Counter()
+    for session in sessions:
+        if not hasattr(session, "get_provider_graph_assignment_info"):  # before 1.24
+            return ""
+        for part in session.get_provider_graph_assignment_info():
+            if part.ep_name == "CPUExecutionProvider":
+                counts.update(node.op_type for node in part.get_nodes())
+    if not counts:
+        return ""
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+    return f"; the CPU runs {counts.total()} nodes, whose tensors are copied: {kinds}"
 
 
 @functools.cache
@@ -114,7 +148,7 @@ class OnnxRuntimeEngines:
         self.device, self.choice = choose_device(device)
         provider: tuple[str, dict[str, Any]] = ("CPUExecutionProvider", {})
         if self.device.type == "cuda":
-            provider = ("CUDAExecutionProvider", {"device_id": self.device.index or 0})
+            provider = ("CUDAExecutionProvider", _cuda_options(self.device, self.dtype))
         self._sessions: dict[str, onnxruntime.InferenceSession] = {}
         for role in ("front", "back"):
             path = engine_set.path_of(role)
@@ -128,6 +162,8 @@ class OnnxRuntimeEngines:
                     f"ONNX Runtime {ort.__version__} cannot load {path}: {error}. "
                     f"Rebuild the set with: {engine_set.rebuild_command()}"
                 ) from error
+        if self.device.type == "cuda":
+            self.choice += _left_to_cpu(self._sessions.values())
         self._input_names = {
             role: {value.name for value in session.get_inputs()}
             for role, session in self._sessions.items()

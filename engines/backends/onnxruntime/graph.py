@@ -8,9 +8,12 @@ Replaces, in float32 graphs:
 - the two `LogSumExp` of a scored layer by `ditrim::ColumnSums`: the softmax of a block of rows and
   its sum over rows, with one product over all keys where the portable form takes two.
 
-Limits: ONNX Runtime alone has these operators. Sets of 16 bits, which no CPU runs, keep the
-standard ones. Trade-off: `ONNXRUNTIME_ROWS` rows of logits are alive at a time while a layer is
-scored.
+In graphs of 16 bits, which no CPU runs, the attention stays, and `ColumnSums` is written without a
+loop: CUDA's kernels of `Loop`, `Scan`, `Pad`, `ReduceMax` and `Identity` are those of older opsets,
+and what it has no kernel for runs on the CPU, with copies there and back.
+
+Limits: ONNX Runtime alone has these operators. Trade-off: `ONNXRUNTIME_ROWS` rows of logits are
+alive at a time while a layer is scored, with CUDA a sixteenth of all.
 """
 
 from __future__ import annotations
@@ -21,9 +24,9 @@ from typing import TYPE_CHECKING
 import onnx
 from onnx import TensorProto, helper
 
-from ditrim.plugins.blocks import ONNXRUNTIME_ROWS
+from ditrim.plugins.blocks import CUDA_BLOCKS, ONNXRUNTIME_ROWS
 from ditrim.plugins.log_sum_exp import DOMAIN, OP_NAME
-from ditrim.plugins.onnx_function import OPSET, int_constant
+from ditrim.plugins.onnx_function import OPSET, float_constant, int_constant, scale_constant
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -34,12 +37,13 @@ COLUMN_SUMS = "ColumnSums"
 _SWAP = [0, 2, 1, 3]
 
 
-def use_own_operators(model: ir.Model, num_heads: int) -> None:
-    """Rewrite a float32 graph of FRONT or BACK in place, the functions that it calls too.
+def use_own_operators(model: ir.Model, num_heads: int, *, is_half: bool = False) -> None:
+    """Rewrite a graph of FRONT or BACK in place, the functions that it calls too.
 
     Args:
         model: of `export_graph` or `assemble_graph`, not yet written.
         num_heads: H of the transformer.
+        is_half: whether it is of 16 bits, and so for CUDA.
     """
     import onnx_ir as ir
 
@@ -48,7 +52,7 @@ def use_own_operators(model: ir.Model, num_heads: int) -> None:
     for body in bodies:
         num_fused = 0
         for node in list(body):
-            if node.op_type == "Attention" and not node.domain:
+            if node.op_type == "Attention" and not node.domain and not is_half:
                 _fuse_attention(body, node, num_heads)
                 num_fused += 1
         for node in list(body):
@@ -61,7 +65,8 @@ def use_own_operators(model: ir.Model, num_heads: int) -> None:
             _remove_unused(body)
     model.opset_imports[CONTRIB] = 1
     if is_scored:
-        function = ir.serde.deserialize_function(column_sums_function())
+        form = column_sums_unrolled() if is_half else column_sums_function()
+        function = ir.serde.deserialize_function(form)
         model.functions[function.identifier()] = function
         calls = [node for item in model.functions.values() for node in item.all_nodes()]
         if not any(node.op_type == OP_NAME for node in (*model.graph.all_nodes(), *calls)):
@@ -117,6 +122,65 @@ def column_sums_function(block_rows: int = ONNXRUNTIME_ROWS) -> onnx.FunctionPro
         helper.make_node("ConstantOfShape", ["sums_shape"], ["no_sums"]),  # float32 noughts
         helper.make_node("Loop", ["num_blocks", "", "no_sums"], ["sums"], body=body),
     ]
+    return _function_of(nodes)
+
+
+def column_sums_unrolled(num_blocks: int = CUDA_BLOCKS) -> onnx.FunctionProto:
+    """`ColumnSums` of operators that CUDA has kernels for, over queries and keys of any type.
+
+    A weighted sum over a block's rows is a product with 1 for each row and 0 for what is padded.
+    """
+    blocks = range(num_blocks)
+    nodes = [
+        int_constant("axis_0", 0),
+        int_constant("axis_1", 1),
+        int_constant("axis_2", 2),
+        int_constant("num_blocks", num_blocks),
+        float_constant("nought", 0.0),
+        float_constant("one", 1.0),
+        scale_constant("scale_f"),
+        helper.make_node("Cast", ["queries"], ["queries_f"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["queries_f", "scale_f"], ["scaled"]),
+        helper.make_node("Cast", ["keys"], ["keys_f"], to=TensorProto.FLOAT),
+        helper.make_node("Transpose", ["keys_f"], ["keys_t"], perm=[0, 1, 3, 2]),
+        helper.make_node("Shape", ["queries"], ["num_batch_heads"], start=0, end=2),
+        helper.make_node("Shape", ["queries"], ["num_rows"], start=2, end=3),
+        helper.make_node("Shape", ["queries"], ["width"], start=3, end=4),
+        # At least one row is padded: nothing is empty, whatever a kernel makes of that.
+        helper.make_node("Div", ["num_rows", "num_blocks"], ["block_down"]),
+        helper.make_node("Add", ["block_down", "axis_1"], ["block"]),
+        helper.make_node("Mul", ["block", "num_blocks"], ["padded_rows"]),
+        helper.make_node("Sub", ["padded_rows", "num_rows"], ["num_padding"]),
+        helper.make_node(
+            "Concat", ["num_batch_heads", "num_padding", "width"], ["padding_shape"], axis=0
+        ),
+        helper.make_node("Expand", ["nought", "padding_shape"], ["padding"]),
+        helper.make_node("Concat", ["scaled", "padding"], ["rows"], axis=2),
+        helper.make_node("Expand", ["one", "num_rows"], ["ones"]),
+        helper.make_node("Expand", ["nought", "num_padding"], ["noughts"]),
+        helper.make_node("Concat", ["ones", "noughts"], ["counts_flat"], axis=0),
+        helper.make_node("Unsqueeze", ["counts_flat", "axis_0"], ["counts"]),
+        helper.make_node(
+            "Split", ["rows"], [f"rows_{i}" for i in blocks], axis=2, num_outputs=num_blocks
+        ),
+        helper.make_node(
+            "Split", ["counts"], [f"counts_{i}" for i in blocks], axis=1, num_outputs=num_blocks
+        ),
+    ]
+    for i in blocks:
+        nodes += [
+            helper.make_node("MatMul", [f"rows_{i}", "keys_t"], [f"logits_{i}"]),
+            helper.make_node("Softmax", [f"logits_{i}"], [f"weights_{i}"], axis=-1),
+            helper.make_node("MatMul", [f"counts_{i}", f"weights_{i}"], [f"sums_{i}"]),
+        ]
+    nodes += [
+        helper.make_node("Sum", [f"sums_{i}" for i in blocks], ["sums_u"]),
+        helper.make_node("Squeeze", ["sums_u", "axis_2"], ["sums"]),
+    ]
+    return _function_of(nodes)
+
+
+def _function_of(nodes: list[onnx.NodeProto]) -> onnx.FunctionProto:
     return helper.make_function(
         DOMAIN,
         COLUMN_SUMS,
@@ -133,7 +197,9 @@ def _fuse_attention(body: ir.Graph | ir.Function, attention: ir.Node, num_heads:
     import onnx_ir as ir
 
     assert len(attention.inputs) == 3, "the exporter writes attention without a mask"
-    assert not set(attention.attributes) - {"is_causal", "softcap", "qk_matmul_output_mode"}
+    others = {"is_causal", "softcap", "qk_matmul_output_mode"}
+    assert set(attention.attributes) - others == {"scale"}
+    scale = attention.attributes["scale"].as_float()
     query, key, value = attention.inputs
     assert query is not None
     assert key is not None
@@ -143,7 +209,7 @@ def _fuse_attention(body: ir.Graph | ir.Function, attention: ir.Node, num_heads:
         op_type: str,
         inputs: Sequence[ir.Value | None],
         domain: str = "",
-        **attributes: int | list[int],
+        **attributes: float | list[int],
     ) -> ir.Value:
         nodes.append(ir.node(op_type, inputs, attributes, domain=domain))
         return nodes[-1].outputs[0]
@@ -161,7 +227,7 @@ def _fuse_attention(body: ir.Graph | ir.Function, attention: ir.Node, num_heads:
             "RotaryEmbedding", [source, *tables], interleaved=interleaved, num_heads=num_heads
         )
     rows = [flat[query], flat[key], add("Reshape", [_swapped_from(value), flat_shape])]
-    output = add("MultiHeadAttention", rows, domain=CONTRIB, num_heads=num_heads)
+    output = add("MultiHeadAttention", rows, domain=CONTRIB, num_heads=num_heads, scale=scale)
     for rotated, replacement in flat.items():
         others = [user for user, _ in rotated.uses() if user is not attention]
         if others:  # scores read them by head

@@ -1,24 +1,19 @@
 """What the TensorRT runtime decides: which profile, which context, how much memory, when to replay.
 
-Nothing here knows torch, CUDA or TensorRT; `tensorrt.py` does what is decided here.
+Nothing here knows torch, CUDA or TensorRT; `engines.py` does what is decided here.
 
-Replaces: one context whose shapes change (slow, and leaking CUDA modules where a plan embeds plugin
-code, NVIDIA/TensorRT#4849), and CUDA graphs taken on faith. Limits: a captured graph serves one
-context and one set of addresses, so it is worth its capture only where torch's allocator hands out
-the same addresses again, which it usually does from step to step. Trade-off: a trial of a few calls
-a profile runs before replay is chosen or dropped.
+Replaces: a context for every set of shapes. Limits: a captured graph serves one set of addresses,
+and the shapes that its context had, so it is worth its capture only where torch's allocator hands
+out the same addresses again, which it usually does from step to step.
 """
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, TypeVar
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
 
-from ditrim.engines.sets.ladder import Ladder
 from ditrim.engines.sets.manifest import PlanSpec
 from ditrim.plugins.errors import LadderError, UsageError
 
@@ -27,13 +22,10 @@ V = TypeVar("V")
 Action = Literal["enqueue", "capture", "replay"]
 GraphMode = Literal["auto", "on", "off"]
 Addresses = tuple[int, ...]
+Shapes = tuple[tuple[int, ...], ...]
 GRAPH_MODES = ("auto", "on", "off")
 # Memory is taken in steps of this size, so that near lengths do not grow the arena one by one.
 ARENA_STEP_BYTES = 2 << 20
-# More kept counts than this, and compiling kernels for each of them would not end (TensorRT-RTX).
-MOST_SPECIALISED_LENGTHS = 64
-_TRIALS = 5
-_LEAST_GAIN = 0.02
 _OPTIONS = {
     "batch": ("a batch of", "max_batch"),
     "noisy": ("noisy tokens:", "max_noisy_tokens"),
@@ -50,12 +42,12 @@ class ContextKey:
     Attributes:
         role: of the plan.
         profile: index of the optimisation profile.
-        shapes: of the inputs, in the plan's order.
+        shapes: of the inputs, in the plan's order; none where they are set in place.
     """
 
     role: str
     profile: int
-    shapes: tuple[tuple[int, ...], ...]
+    shapes: Shapes | None
 
 
 class BoundedCache(Generic[K, V]):
@@ -185,26 +177,6 @@ def choose_profile(
     )
 
 
-def specialisation(ladder: Ladder, mode: GraphMode) -> tuple[Literal["eager", "lazy"], str]:
-    """How TensorRT-RTX compiles kernels for a new shape, and why.
-
-    Eager kernels do not change, so graphs of them can be captured; every new kept count waits for
-    its compilation. Lazy ones are compiled beside the run and exchanged when they are done, which a
-    captured graph would not notice.
-    """
-    lengths = math.ceil(ladder.longest / ladder.granularity)
-    if mode == "off":
-        return "lazy", "CUDA graphs are off"
-    if mode == "on":
-        return "eager", "CUDA graphs were asked for"
-    if lengths <= MOST_SPECIALISED_LENGTHS:
-        return "eager", f"there are {lengths} kept counts at granularity {ladder.granularity}"
-    return "lazy", (
-        f"there are {lengths} kept counts at granularity {ladder.granularity}, too many to compile "
-        f"kernels for each ({MOST_SPECIALISED_LENGTHS}), so nothing is captured"
-    )
-
-
 @dataclass(slots=True)
 class ArenaSize:
     """How large the activation memory is that all contexts share, which run in turn.
@@ -231,110 +203,25 @@ class ArenaSize:
         self.generation += 1
 
 
-@dataclass(slots=True)
-class ReplayVerdict:
-    """Whether replaying graphs pays, measured on one profile of one plan.
-
-    Attributes:
-        mode: "auto" measures, "on" replays whatever it costs, "off" never captures.
-        reason: why nothing is captured, where that is settled.
-        times_ms: by action; the trial's.
-        capture_ms: host time of the last capture.
-    """
-
-    mode: GraphMode = "auto"
-    reason: str | None = None
-    times_ms: dict[str, list[float]] = field(default_factory=lambda: {"enqueue": [], "replay": []})
-    capture_ms: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.mode == "off" and self.reason is None:
-            self.reason = "switched off"
-
-    @property
-    def outcome(self) -> Literal["undecided", "enqueue", "replay"]:
-        """What was decided."""
-        if self.reason is not None:
-            return "enqueue"
-        if self.mode == "on":
-            return "replay"
-        if any(len(times) < _TRIALS for times in self.times_ms.values()):
-            return "undecided"
-        return "replay" if self.saving_ms > _LEAST_GAIN * self._median("enqueue") else "enqueue"
-
-    @property
-    def saving_ms(self) -> float:
-        """Median milliseconds that a replay saves a call."""
-        return self._median("enqueue") - self._median("replay")
-
-    def _median(self, action: str) -> float:
-        return statistics.median(self.times_ms[action])
-
-    def record(self, action: str, milliseconds: float) -> None:
-        """Note one timed call of the trial."""
-        if len(self.times_ms[action]) < _TRIALS:
-            self.times_ms[action].append(milliseconds)
-
-    def refuse(self, reason: str) -> None:
-        """Capture no more."""
-        self.reason = reason
-
-    def trial_action(self) -> Literal["enqueue", "replay"]:
-        """What the trial lacks more of."""
-        enqueued, replayed = (len(self.times_ms[name]) for name in ("enqueue", "replay"))
-        return "enqueue" if enqueued < _TRIALS and enqueued <= replayed else "replay"
-
-    def sightings_before_capture(self) -> int:
-        """Plain calls at one set of addresses before a graph of it is captured.
-
-        One while undecided. Later as many as lose what a capture costs: so a graph that is never
-        needed again costs at most as much as waiting did.
-        """
-        if self.outcome != "replay" or self.mode == "on" or not self.capture_ms:
-            return 1
-        return max(1, math.ceil(self.capture_ms / max(self.saving_ms, 1e-6)))
-
-    def as_dict(self) -> dict[str, Any]:
-        """For a report: the outcome, medians in milliseconds and the reason."""
-        return {
-            "outcome": self.outcome,
-            "enqueue_ms": self._median("enqueue") if self.times_ms["enqueue"] else None,
-            "replay_ms": self._median("replay") if self.times_ms["replay"] else None,
-            "capture_ms": self.capture_ms,
-            "reason": self.reason,
-        }
-
-
 class GraphBook(Generic[V]):
     """The captured graphs of one context, by the addresses that they read and write."""
 
-    def __init__(
-        self, verdict: ReplayVerdict, *, most_graphs: int = 4, most_seen: int = 32
-    ) -> None:
-        self.verdict = verdict
+    def __init__(self, *, most_graphs: int = 4, most_seen: int = 32) -> None:
         self._graphs: BoundedCache[Addresses, V] = BoundedCache(most_graphs)
-        self._seen: BoundedCache[Addresses, list[int]] = BoundedCache(most_seen)
+        self._seen: BoundedCache[Addresses, bool] = BoundedCache(most_seen)
 
     def next_action(self, addresses: Addresses) -> Action:
-        """What to do with a call on these tensors."""
-        outcome = self.verdict.outcome
-        if outcome == "enqueue":
-            return "enqueue"
+        """What to do with a call on these tensors: capture the second one."""
         if self._graphs.get(addresses) is not None:
-            return self.verdict.trial_action() if outcome == "undecided" else "replay"
-        seen = self._seen.get(addresses)
-        if seen is None:
-            seen = [0]
-            self._seen.put(addresses, seen)
-        if seen[0] >= self.verdict.sightings_before_capture():
+            return "replay"
+        if self._seen.get(addresses):
             return "capture"
-        seen[0] += 1
+        self._seen.put(addresses, True)
         return "enqueue"
 
-    def keep(self, addresses: Addresses, graph: V, capture_ms: float) -> None:
-        """Note a captured graph and what its capture cost."""
+    def keep(self, addresses: Addresses, graph: V) -> None:
+        """Note a captured graph."""
         self._graphs.put(addresses, graph)
-        self.verdict.capture_ms = capture_ms
 
     def graph(self, addresses: Addresses) -> V:
         """The graph that `next_action` said to replay."""

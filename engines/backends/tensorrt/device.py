@@ -6,6 +6,7 @@ without a GPU.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,9 +16,70 @@ import torch
 
 from ditrim.plugins.errors import BackendError
 
+# CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may allocate meanwhile.
+_THREAD_LOCAL = 1
+
 
 class CaptureError(Exception):
     """A call that could not be captured as a graph; it says why."""
+
+
+class DriverGraph:
+    """A CUDA graph of the driver, captured and launched without torch.
+
+    A capture that fails through `torch.cuda.CUDAGraph` leaves torch's allocator believing, in the
+    whole process, that one is underway (torch 2.11 and before, pytorch#180395). What is captured
+    here allocates nothing, so that the allocator need not know.
+    """
+
+    def __init__(self, cuda: Any, stream: int, enqueue: Callable[[], bool]) -> None:
+        """Capture what `enqueue` queues on a stream.
+
+        Args:
+            cuda: the driver's library.
+            stream: its handle.
+            enqueue: returns whether it could.
+
+        Raises:
+            CaptureError: it cannot be captured.
+        """
+        self._cuda, self._executable = cuda, ctypes.c_void_p()
+        graph, handle = ctypes.c_void_p(), ctypes.c_void_p(stream)
+        self._check("cuStreamBeginCapture_v2", handle, _THREAD_LOCAL)
+        try:
+            is_queued = enqueue()
+        finally:
+            # Always: it is what lets the stream out of the capture.
+            code = cuda.cuStreamEndCapture(handle, ctypes.byref(graph))
+        try:
+            if not is_queued:
+                raise CaptureError("the library does not run while a graph is captured")
+            if code:
+                raise CaptureError(f"capturing failed: cuStreamEndCapture said {code}")
+            self._check(
+                "cuGraphInstantiateWithFlags",
+                ctypes.byref(self._executable),
+                graph,
+                ctypes.c_ulonglong(0),
+            )
+        finally:
+            if graph:
+                cuda.cuGraphDestroy(graph)
+
+    def _check(self, function: str, *arguments: Any) -> None:
+        code = getattr(self._cuda, function)(*arguments)
+        if code:
+            raise CaptureError(f"capturing failed: {function} said {code}")
+
+    def launch(self, stream: int) -> None:
+        """Queue the graph."""
+        code = self._cuda.cuGraphLaunch(self._executable, ctypes.c_void_p(stream))
+        if code:
+            raise BackendError(f"a CUDA graph could not be queued: cuGraphLaunch said {code}")
+
+    def __del__(self) -> None:
+        if self._executable:  # the driver lets it finish where it still runs
+            self._cuda.cuGraphExecDestroy(self._executable)
 
 
 class Hardware(Protocol):
@@ -54,10 +116,6 @@ class Hardware(Protocol):
 
     def finish(self, event: Any) -> None:
         """Let the host wait for an event."""
-        ...
-
-    def elapsed_ms(self, start: Any, end: Any) -> float | None:
-        """Time between two events, or none where the second has not happened yet."""
         ...
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
@@ -134,7 +192,7 @@ class CudaHardware:
 
     def mark(self, stream: Any) -> Any:
         """See `Hardware.mark`."""
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event()
         event.record(stream)
         return event
 
@@ -145,10 +203,6 @@ class CudaHardware:
     def finish(self, event: Any) -> None:
         """See `Hardware.finish`."""
         event.synchronize()
-
-    def elapsed_ms(self, start: Any, end: Any) -> float | None:
-        """See `Hardware.elapsed_ms`."""
-        return float(start.elapsed_time(end)) if end.query() else None
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
         """See `Hardware.allocate`."""
@@ -163,25 +217,11 @@ class CudaHardware:
 
     def capture(self, stream: Any, enqueue: Callable[[], bool]) -> Any:
         """See `Hardware.capture`."""
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.stream(stream):
-                # Other threads may allocate meanwhile.
-                graph.capture_begin(capture_error_mode="thread_local")
-                try:
-                    is_queued = enqueue()
-                finally:
-                    graph.capture_end()
-        except RuntimeError as error:
-            raise CaptureError(f"capturing failed: {str(error).splitlines()[0]}") from error
-        if not is_queued:
-            raise CaptureError("the library does not run while a graph is captured")
-        return graph
+        return DriverGraph(ctypes.CDLL("libcuda.so.1"), self.handle(stream), enqueue)
 
     def replay(self, graph: Any, stream: Any) -> None:
         """See `Hardware.replay`."""
-        with torch.cuda.stream(stream):
-            graph.replay()
+        graph.launch(self.handle(stream))
 
     def synchronize(self) -> None:
         """See `Hardware.synchronize`."""

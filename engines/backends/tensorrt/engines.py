@@ -1,9 +1,10 @@
 """The TensorRT and TensorRT-RTX backends: plans on an NVIDIA GPU, by address.
 
-Replaces: a context that changes its shapes, a buffer set for each context, and copies to and from
-them. Contexts are keyed by shape and never change it; they share one activation arena, so runs of
-all sessions take turns: a lock orders them on the host, an event on the device. Inputs and outputs
-are the caller's own tensors. `context_cache.py` decides, `cuda_device.py` touches CUDA.
+Replaces: a buffer set for each context, and copies to and from them. A plan has a context for each
+profile, whose shapes are set in place; or one for each set of shapes, where it embeds plugin code,
+or where graphs are captured, which change with their context. Contexts share one activation arena,
+so runs of all sessions take turns: a lock orders them on the host, an event on the device. Inputs
+and outputs are the caller's own tensors. `contexts.py` decides, `device.py` touches CUDA.
 
 **Not run on a GPU yet.** Limits: one request at a time makes progress on the device, however many
 sessions share the engines. Trade-off: one arena in place of one for every context, which at 20 G
@@ -13,9 +14,8 @@ parameters would not fit.
 from __future__ import annotations
 
 import logging
+import os
 import threading
-import time
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,11 +31,10 @@ from ditrim.engines.backends.tensorrt.contexts import (
     ContextKey,
     GraphBook,
     GraphMode,
-    ReplayVerdict,
+    Shapes,
     axes_of,
     check_outputs,
     choose_profile,
-    specialisation,
 )
 from ditrim.engines.backends.tensorrt.device import CaptureError, CudaHardware, Hardware
 from ditrim.engines.backends.tensorrt.library import (
@@ -54,30 +53,28 @@ from ditrim.plugins.precision import PRECISIONS
 
 logger = logging.getLogger(__name__)
 
-_MOST_PENDING = 32
-
 
 @dataclass(slots=True)
 class _Context:
-    """An execution context, made for one set of shapes.
+    """An execution context.
 
     Attributes:
         native: the library's.
-        num_bytes: of activations that it needs.
-        book: its graphs.
+        book: its graphs; none where nothing is captured.
+        shapes: of the inputs, as they are set; none where they were refused.
+        num_bytes: of activations that it needs at these shapes.
         generation: of the arena that it was told; -1 before the first.
         addresses: of the tensors that it was told.
-        last_use: event after its last run.
-        runs: how often it ran.
+        last_use: event after its last work on a stream.
     """
 
     native: Any
-    num_bytes: int
-    book: GraphBook[Any]
+    book: GraphBook[Any] | None
+    shapes: Shapes | None = None
+    num_bytes: int = 0
     generation: int = -1
     addresses: Addresses = ()
     last_use: Any = None
-    runs: int = 0
 
 
 class TensorRTEngines:
@@ -99,7 +96,9 @@ class TensorRTEngines:
             engine_set: built for "tensorrt" or "tensorrt-rtx".
             device: "auto" (the first GPU), "cuda" or "cuda:N".
             max_contexts: execution contexts kept, the most recently used; at least 2.
-            cuda_graphs: "auto" measures whether replaying pays, "on" always replays, "off" never.
+            cuda_graphs: "on" captures and replays, "off" never does; "auto" is on for TensorRT-RTX,
+                which captures by itself, and off for TensorRT, where every length takes a context
+                of its own for it and what it saves is a launch or so a layer.
             library, hardware: in place of the installed library and of a GPU, to test.
 
         Raises:
@@ -124,24 +123,43 @@ class TensorRTEngines:
         self._hardware: Hardware = hardware if hardware is not None else CudaHardware(ordinal)
         self.device = self._hardware.device
         self._mode = cuda_graphs
-        kernels, why = specialisation(manifest.ladder, cuda_graphs)
+        self._why_no_graphs: dict[str, str] = {}
         self._lock = threading.Lock()
         self._contexts: BoundedCache[ContextKey, _Context] = BoundedCache(max_contexts)
         self._arena = ArenaSize()
         self._buffer: torch.Tensor | None = None
         self._last_use: Any = None
-        self._pending: deque[tuple[ReplayVerdict, Action, Any, Any]] = deque(maxlen=_MOST_PENDING)
         self._counts = {"contexts": 0, "evicted": 0, "enqueue": 0, "capture": 0, "replay": 0}
         with self._hardware.session_stream():
             # Kept: its runtime has to live as long as the plans.
-            self._loader = PlanLoader(engine_set, library, self._hardware.name, kernels)
+            self._loader = PlanLoader(
+                engine_set, library, self._hardware.name, captures=cuda_graphs != "off"
+            )
             self._plans = {role: self._loader.load(role) for role in manifest.plans}
+        self._process = os.getpid()
+        captures = cuda_graphs == "on" or (cuda_graphs == "auto" and library.is_rtx)
+        for role, plan in self._plans.items():
+            if not library.is_rtx and captures and plan.unfit_for_graphs:
+                self._why_no_graphs[role] = plan.unfit_for_graphs
         self.choice = (
-            f"{self._hardware.name}, {library.backend} {library.version}; CUDA graphs: "
-            + ({"auto": "where they measure faster", "on": "always", "off": "never"}[cuda_graphs])
+            f"{self._hardware.name}, {library.backend} {library.version}; CUDA graphs "
+            + ("on" if captures else "off")
         )
-        if library.is_rtx:
-            self.choice += f"; {kernels} kernels: {why}"
+
+    def close(self) -> None:
+        """Wait for the last run, keep compiled kernels, and let contexts and arena go."""
+        with self._lock:
+            if self._last_use is not None:
+                self._hardware.finish(self._last_use)
+            for plan in self._plans.values():
+                self._loader.save_kernels(plan)
+            self._contexts.clear()
+            self._buffer, self._last_use = None, None
+            self._arena.replaced(0)
+
+    def __del__(self) -> None:
+        if getattr(self, "_process", None) == os.getpid():  # else a fork's, or loading failed
+            self.close()
 
     def run(
         self, role: str, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]
@@ -157,36 +175,42 @@ class TensorRTEngines:
         check_outputs(plan.spec, shapes, axes, role)
         for spec in (*plan.spec.inputs, *plan.spec.outputs):
             self._check_tensor(spec, given[spec.name], role)
+        sizes = tuple(shapes[spec.name] for spec in plan.spec.inputs)
         key = ContextKey(
             role=plan.role,
             profile=choose_profile(plan.spec, axes, role, self.engine_set.rebuild_command),
-            shapes=tuple(shapes[spec.name] for spec in plan.spec.inputs),
+            shapes=None if self._sets_in_place(plan) else sizes,
         )
         held = self._aligned(plan.spec, given, role)
         addresses = tuple(tensor.data_ptr() for tensor in held)
         with self._hardware.session_stream() as stream, self._lock:
-            self._run_in_turn(plan, key, tuple(given), addresses, stream)
+            self._run_in_turn(plan, key, sizes, tuple(given), addresses, stream)
 
     def synchronize(self) -> None:
         """See `Engines.synchronize`: waits for what the calling thread queued."""
         self._hardware.synchronize()
 
     def stats(self) -> dict[str, Any]:
-        """Counts of contexts and runs, arena bytes, and what the trials of CUDA graphs came to."""
+        """Counts of contexts and runs, arena bytes, and why a plan's calls are not captured."""
         with self._lock:
-            self._settle()
-            verdicts = {
-                f"{role} profile {index}": verdict.as_dict()
-                for role, plan in self._plans.items()
-                for index, verdict in sorted(plan.verdicts.items())
-            }
             return {
                 **self._counts,
                 "live_contexts": len(self._contexts),
                 "arena_bytes": self._arena.num_bytes,
                 "arena_growths": self._arena.generation,
-                "cuda_graphs": verdicts,
+                "not_captured": dict(self._why_no_graphs),
             }
+
+    def _captures(self, plan: LoadedPlan) -> bool:
+        """Whether calls of a plan are captured here, and not by the library."""
+        return (
+            self._mode == "on"
+            and plan.unfit_for_graphs is None
+            and plan.role not in self._why_no_graphs
+        )
+
+    def _sets_in_place(self, plan: LoadedPlan) -> bool:
+        return plan.changes_shapes and not self._captures(plan)
 
     def _plan_of(self, role: str) -> LoadedPlan:
         """Anchor steps run on the plan of their own where there is one."""
@@ -227,113 +251,109 @@ class TensorRTEngines:
         self,
         plan: LoadedPlan,
         key: ContextKey,
+        shapes: Shapes,
         names: tuple[str, ...],
         addresses: Addresses,
         stream: Any,
     ) -> None:
         hardware = self._hardware
-        self._settle()
         if self._last_use is not None:
             hardware.wait(stream, self._last_use)  # the arena is another run's until then
         context = self._contexts.get(key)
         if context is None:
             context = self._make_context(plan, key, stream)
-        self._fit_arena(context, key)
+        if context.shapes != shapes:
+            self._set_shapes(plan, context, key.role, shapes)
+        self._fit_arena(context, key.role, shapes)
         if context.addresses != addresses:
             for name, address in zip(names, addresses, strict=True):
                 if not context.native.set_tensor_address(name, address):
                     raise BackendError(f"{key.role}: the plan refuses an address for {name}")
             context.addresses = addresses
-        action = context.book.next_action(addresses)
+        action: Action = "enqueue" if context.book is None else context.book.next_action(addresses)
         if action == "capture":
-            action = self._capture(context, addresses, stream)
-        verdict = context.book.verdict
-        is_timed = verdict.outcome == "undecided" and context.runs > 0
-        start = hardware.mark(stream) if is_timed else None
+            action = self._capture(context, key.role, addresses, stream)
         try:
-            if action == "enqueue":
-                self._enqueue(context, key, stream)
+            if context.book is None or action == "enqueue":
+                self._enqueue(context, key.role, stream)
             else:
                 hardware.replay(context.book.graph(addresses), stream)
         finally:
             self._last_use = context.last_use = hardware.mark(stream)
-        # A graph's first replay also uploads it.
-        if is_timed and action != "capture":
-            self._pending.append((verdict, action, start, self._last_use))
-        context.runs += 1
         self._counts[action] += 1
 
-    def _enqueue(self, context: _Context, key: ContextKey, stream: Any) -> None:
+    def _enqueue(self, context: _Context, role: str, stream: Any) -> None:
         with log_captured() as lines:
             is_queued = context.native.execute_async_v3(self._hardware.handle(stream))
         if not is_queued:
             raise BackendError(
-                f"{self._library.backend} could not run the {key.role} plan at "
-                f"{_shapes_text(key)}{said(lines)}"
+                f"{self._library.backend} could not run the {role} plan at "
+                f"{_shapes_text(context.shapes)}{said(lines)}"
             )
 
-    def _capture(self, context: _Context, addresses: Addresses, stream: Any) -> Action:
+    def _capture(self, context: _Context, role: str, addresses: Addresses, stream: Any) -> Action:
         """Capture and keep a graph, or say why there will be none."""
-        handle, verdict = self._hardware.handle(stream), context.book.verdict
-        can_tell = hasattr(context.native, "is_stream_capturable")
-        if can_tell and not context.native.is_stream_capturable(handle):
-            verdict.refuse(f"{self._library.backend} cannot be captured in this context")
-            return "enqueue"
-        start = time.perf_counter()
+        assert context.book is not None
+        handle = self._hardware.handle(stream)
         try:
             with log_captured() as lines:
                 graph = self._hardware.capture(
                     stream, lambda: bool(context.native.execute_async_v3(handle))
                 )
         except CaptureError as error:
-            verdict.refuse(f"{error}{said(lines)}")
-            logger.info("CUDA graphs: %s", verdict.reason)
+            self._why_no_graphs[role] = f"{error}{said(lines)}"
+            logger.info("no CUDA graphs of %s: %s", role, self._why_no_graphs[role])
+            context.book = None
             return "enqueue"
-        context.book.keep(addresses, graph, (time.perf_counter() - start) * 1e3)
+        context.book.keep(addresses, graph)
         return "capture"
-
-    def _settle(self) -> None:
-        """Take the times of trial runs that are done, without waiting for any."""
-        while self._pending:
-            verdict, action, start, end = self._pending[0]
-            milliseconds = self._hardware.elapsed_ms(start, end)
-            if milliseconds is None:
-                return
-            self._pending.popleft()
-            before = verdict.outcome
-            verdict.record(action, milliseconds)
-            if before != verdict.outcome:
-                logger.info("CUDA graphs: %s", verdict.as_dict())
 
     def _make_context(self, plan: LoadedPlan, key: ContextKey, stream: Any) -> _Context:
         for old in self._contexts.make_room():
             if old.last_use is not None:
                 self._hardware.finish(old.last_use)  # a context may not go while it runs
             self._counts["evicted"] += 1
+        problem = ""
         with log_captured() as lines:
             native = self._native_context(plan)
-            problem = "a context could not be made"
-            if native is not None:
-                problem = self._fix_shapes(plan, key, native, self._hardware.handle(stream))
+            if native is None:
+                problem = "a context could not be made"
+            else:
+                try:
+                    native.set_optimization_profile_async(
+                        key.profile, self._hardware.handle(stream)
+                    )
+                except RuntimeError as error:
+                    problem = f"profile {key.profile} was refused ({error})"
         if problem:
             raise BackendError(
-                f"{self._library.backend}: {problem} for the {key.role} plan at "
-                f"{_shapes_text(key)}{said(lines)}. If memory ran out: lower max_contexts (now "
-                f"{self._contexts.most}), the resolution or the batch, or move the text encoder "
-                "and VAE off the GPU while the engines run"
+                f"{self._library.backend}: {problem} for the {key.role} plan{said(lines)}. If "
+                f"memory ran out: lower max_contexts (now {self._contexts.most}), the resolution "
+                "or the batch, or move the text encoder and VAE off the GPU while the engines run"
             )
-        verdict = plan.verdicts.get(key.profile)
-        if verdict is None:
-            verdict = ReplayVerdict(mode=self._mode, reason=plan.unfit_for_graphs)
-            plan.verdicts[key.profile] = verdict
-        context = _Context(
-            native=native,
-            num_bytes=int(native.update_device_memory_size_for_shapes()),
-            book=GraphBook(verdict),
-        )
+        # Choosing a profile may have queued a copy, which it has to outlive.
+        self._last_use = self._hardware.mark(stream)
+        book: GraphBook[Any] | None = GraphBook() if self._captures(plan) else None
+        context = _Context(native=native, book=book, last_use=self._last_use)
         self._contexts.put(key, context)
         self._counts["contexts"] += 1
         return context
+
+    def _set_shapes(self, plan: LoadedPlan, context: _Context, role: str, shapes: Shapes) -> None:
+        """Set a context's shapes, and ask what it needs of the arena at them."""
+        native, context.shapes = context.native, None
+        with log_captured() as lines:
+            problem = _shape_problem(plan, native, shapes)
+            num_bytes = 0 if problem else int(native.update_device_memory_size_for_shapes())
+            # It says 0 where it fails, too.
+            if not problem and not num_bytes and said(lines):
+                problem = "the memory for these shapes could not be told"
+        if problem:
+            raise BackendError(
+                f"{self._library.backend}: {problem} for the {role} plan at "
+                f"{_shapes_text(shapes)}{said(lines)}"
+            )
+        context.shapes, context.num_bytes, context.generation = shapes, num_bytes, -1
 
     def _native_context(self, plan: LoadedPlan) -> Any:
         if plan.runtime_config is not None:
@@ -341,26 +361,14 @@ class TensorRTEngines:
         strategy = self._library.module.ExecutionContextAllocationStrategy.USER_MANAGED
         return plan.engine.create_execution_context(strategy)
 
-    def _fix_shapes(self, plan: LoadedPlan, key: ContextKey, native: Any, handle: int) -> str:
-        """Choose the profile and set the shapes, once and for all; returns what went wrong."""
-        if not native.set_optimization_profile_async(key.profile, handle):
-            return f"profile {key.profile} was refused"
-        for spec, shape in zip(plan.spec.inputs, key.shapes, strict=True):
-            if not native.set_input_shape(spec.name, shape):
-                return f"the shape of {spec.name} was refused"
-        try:
-            unknown = native.infer_shapes()
-        except RuntimeError as error:
-            return f"shapes do not fit together ({error})"
-        return f"shapes of {', '.join(unknown)} stay unknown" if unknown else ""
-
-    def _fit_arena(self, context: _Context, key: ContextKey) -> None:
+    def _fit_arena(self, context: _Context, role: str, shapes: Shapes) -> None:
         """Give a context the arena, after making it as large as the context needs."""
         if self._arena.needs_growth(context.num_bytes):
             if self._last_use is not None:
                 self._hardware.finish(self._last_use)
             for other in self._contexts:
-                other.book.clear()
+                if other.book is not None:
+                    other.book.clear()
             size = self._arena.next_size(context.num_bytes)
             # The old buffer goes first: both at once may not fit.
             self._buffer = None
@@ -369,8 +377,8 @@ class TensorRTEngines:
                 self._buffer = self._hardware.allocate(size)
             except BackendError as error:
                 raise BackendError(
-                    f"no memory for the activations of the {key.role} plan at "
-                    f"{_shapes_text(key)}: {error}. Lower the resolution, the number of "
+                    f"no memory for the activations of the {role} plan at "
+                    f"{_shapes_text(shapes)}: {error}. Lower the resolution, the number of "
                     "references or the batch, or move the text encoder and VAE off the GPU while "
                     "the engines run"
                 ) from error
@@ -396,5 +404,17 @@ def _ordinal_of(device: str, backend: str) -> int:
     return chosen.index or 0
 
 
-def _shapes_text(key: ContextKey) -> str:
-    return ", ".join("x".join(map(str, shape)) for shape in key.shapes)
+def _shape_problem(plan: LoadedPlan, native: Any, shapes: Shapes) -> str:
+    """Set a context's input shapes; returns what went wrong."""
+    for spec, shape in zip(plan.spec.inputs, shapes, strict=True):
+        if not native.set_input_shape(spec.name, shape):
+            return f"the shape of {spec.name} was refused"
+    try:
+        unknown = native.infer_shapes()
+    except RuntimeError as error:
+        return f"shapes do not fit together ({error})"
+    return f"shapes of {', '.join(unknown)} stay unknown" if unknown else ""
+
+
+def _shapes_text(shapes: Shapes | None) -> str:
+    return ", ".join("x".join(map(str, shape)) for shape in shapes or ())

@@ -41,18 +41,13 @@ _ATTRIBUTES = {
     "axis": -1,
     "stash_type": 1,
     "interleaved": 1,
+    "scale": 1.0,
 }
 _PRIMITIVES = {
-    # As NVIDIA's notes on fused attention want it: the queries are scaled, softmax in between.
+    # As NVIDIA's notes on fused attention want it, softmax in between; the queries come scaled.
     "Attention": """(q, k, v) => (y) {
-        width = Shape <start = 3> (q)
-        width_f = Cast <to = 1> (width)
-        root = Sqrt (width_f)
-        scale_f = Reciprocal (root)
-        scale = CastLike (scale_f, q)
-        scaled = Mul (q, scale)
         keys_t = Transpose <perm = [0, 1, 3, 2]> (k)
-        logits = MatMul (scaled, keys_t)
+        logits = MatMul (q, keys_t)
         weights = Softmax <axis = -1> (logits)
         y = MatMul (weights, v)
     }""",
@@ -190,6 +185,7 @@ def _replace_operators(model: onnx.ModelProto, missing: Collection[str]) -> None
             # Attributes of functions are not relied on: one function for each value.
             epsilon = f"{given.pop('epsilon', 1e-5):.9g}"
             assert given.items() <= _ATTRIBUTES.items(), (node.name, given)
+            assert "scale" in given or node.op_type != "Attention", node.name
             assert len(node.input) <= 3, node.name
             name = f"{node.op_type}Of{len(functions)}"
             text = _PRIMITIVES[node.op_type].replace("EPSILON", epsilon)
@@ -216,6 +212,7 @@ def graph_for_backend(
     *,
     num_blocks: int = 1,
     missing: Collection[str] = (),
+    is_stripped: bool = False,
 ) -> onnx.ModelProto:
     """The graph as a backend's parser is to see it.
 
@@ -224,12 +221,14 @@ def graph_for_backend(
         backend: "tensorrt" or "tensorrt-rtx".
         num_blocks: of rows that are scored in turn with tensorrt-rtx; see `num_row_blocks`.
         missing: those of `NEW_OPERATORS` that its parser lacks.
+        is_stripped: whether its plan gets its weights when it is loaded. Constants are weights,
+            too; so every one becomes an initializer of the graph, which has no functions then.
 
     Returns:
         the model itself if nothing has to be changed, otherwise a copy.
     """
     is_scored = any(map(_is_scoring, model.functions))
-    if not is_scored and not missing:
+    if not is_scored and not missing and not is_stripped:
         return model
     copy = onnx.ModelProto()
     if is_scored and backend == "tensorrt":
@@ -247,4 +246,21 @@ def graph_for_backend(
             body.node.extend(clones)
     if missing:
         _replace_operators(copy, missing)
-    return copy
+    return _with_all_weights_named(copy) if is_stripped else copy
+
+
+def _with_all_weights_named(model: onnx.ModelProto) -> onnx.ModelProto:
+    import onnx_ir as ir
+    from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
+
+    inlined = InlinePass()(ir.from_proto(model)).model
+    for node in list(inlined.graph):
+        if node.op_type == "ConstantOfShape":  # its parser makes a weight of its own of the value
+            filled = node.attributes["value"].as_tensor().numpy().reshape(())
+            value = ir.node("Constant", [], {"value": ir.tensor(filled)})
+            expanded = ir.node("Expand", [value.outputs[0], node.inputs[0]])
+            inlined.graph.insert_before(node, [value, expanded])
+            ir.convenience.replace_all_uses_with(node.outputs[0], expanded.outputs[0])
+            inlined.graph.remove(node, safe=True)
+    lift = LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)
+    return ir.to_proto(lift(inlined).model)

@@ -139,6 +139,9 @@ def open_library(backend: str) -> Library:
     return library
 
 
+# The one kind of message that is read besides complaints: the builder's figures of memory. Of all
+# others it says tens of thousands.
+_FIGURES = ("Total Activation Memory:", "Total Weights Memory:")
 _captures: list[list[tuple[str, str]]] = []
 
 
@@ -159,9 +162,10 @@ def _make_logger(module: Any) -> Any:
         def log(self, severity: Any, message: str) -> None:
             # Called from C++, where nothing may be raised.
             name = severity.name
-            for lines in _captures:
-                lines.append((name, message))
             level = levels.get(name, logging.DEBUG)
+            if level >= logging.WARNING or any(figure in message for figure in _FIGURES):
+                for lines in _captures:
+                    lines.append((name, message))
             # A captured error comes out in an exception; saying it here too would say it twice.
             if level > logging.INFO and _captures:
                 level = logging.INFO
@@ -172,7 +176,7 @@ def _make_logger(module: Any) -> Any:
 
 @contextmanager
 def log_captured() -> Iterator[list[tuple[str, str]]]:
-    """What the library logs meanwhile, as (severity, message)."""
+    """What the library complains of meanwhile, and memory figures, as (severity, message)."""
     lines: list[tuple[str, str]] = []
     _captures.append(lines)
     try:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import mmap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from ditrim.engines.backends.tensorrt.contexts import ReplayVerdict
 from ditrim.engines.backends.tensorrt.library import Library, log_captured
+from ditrim.engines.files import write_file
 from ditrim.engines.sets.engine_set import EngineSet
 from ditrim.engines.sets.manifest import PlanSpec
 from ditrim.engines.sets.profiles import shape_of
-from ditrim.plugins.errors import EngineSetError
+from ditrim.plugins.errors import DitrimError, EngineSetError
 from ditrim.plugins.precision import PRECISIONS
+
+logger = logging.getLogger(__name__)
 
 # Names of the manifest's element types in TensorRT's DataType.
 _TYPES = {"int64": "INT64"} | {item.torch_name: item.tensorrt for item in PRECISIONS.values()}
@@ -32,7 +35,8 @@ class LoadedPlan:
         spec: the manifest's.
         engine: the library's.
         runtime_config: how its contexts are made; none with TensorRT.
-        verdicts: on replaying graphs, by profile.
+        changes_shapes: whether a context may change its shapes. Those of a plan that embeds plugin
+            code leak when they do (NVIDIA/TensorRT#4849).
         unfit_for_graphs: why nothing is captured, if so.
     """
 
@@ -40,7 +44,7 @@ class LoadedPlan:
     spec: PlanSpec
     engine: Any
     runtime_config: Any
-    verdicts: dict[int, ReplayVerdict] = field(default_factory=dict)
+    changes_shapes: bool
     unfit_for_graphs: str | None = None
 
 
@@ -52,7 +56,7 @@ class PlanLoader:
         engine_set: EngineSet,
         library: Library,
         gpu_name: str,
-        kernels: Literal["eager", "lazy"],
+        captures: bool,
     ) -> None:
         """Make the runtime.
 
@@ -60,10 +64,10 @@ class PlanLoader:
             engine_set: whose plans.
             library: that built them.
             gpu_name: for messages.
-            kernels: how TensorRT-RTX compiles them, see `specialisation`.
+            captures: whether TensorRT-RTX captures CUDA graphs.
         """
         self.engine_set, self.library = engine_set, library
-        self.gpu_name, self.kernels = gpu_name, kernels
+        self.gpu_name, self.captures = gpu_name, captures
         self._runtime = library.module.Runtime(library.logger)
 
     def load(self, role: str) -> LoadedPlan:
@@ -84,14 +88,15 @@ class PlanLoader:
             if role == "anchor" and not graph.exists():
                 graph = graph.with_name("back.onnx")  # the same weights
             refit(self.library, engine, graph, self.engine_set)
-        plan = LoadedPlan(
-            role=role, spec=spec, engine=engine, runtime_config=self._runtime_config(engine)
+        is_scored = any(tensor.name == "influence" for tensor in spec.outputs)
+        return LoadedPlan(
+            role=role,
+            spec=spec,
+            engine=engine,
+            runtime_config=self._runtime_config(engine, role),
+            changes_shapes=self.library.is_rtx or not is_scored,
+            unfit_for_graphs=_unfit_for_graphs(self.library, engine),
         )
-        if _has_streamed_weights(engine):
-            plan.unfit_for_graphs = "its weights are streamed"
-        elif self.library.is_rtx and self.kernels == "lazy":
-            plan.unfit_for_graphs = "kernels are exchanged while it runs"
-        return plan
 
     def _deserialize(self, role: str, path: Path) -> Any:
         """A plan's engine; the file is mapped, so that its weights are not held on the host."""
@@ -108,8 +113,12 @@ class PlanLoader:
             )
         return engine
 
-    def _runtime_config(self, engine: Any) -> Any:
-        """TensorRT-RTX only: how its contexts compile kernels, which they keep together."""
+    def _runtime_config(self, engine: Any, role: str) -> Any:
+        """TensorRT-RTX only: how contexts compile and keep kernels, as NVIDIA's sample has it.
+
+        A new shape runs on general kernels while those of its own are compiled. The library
+        captures its graphs itself: it knows when kernels were exchanged.
+        """
         if not self.library.is_rtx:
             return None
         module = self.library.module
@@ -117,12 +126,32 @@ class PlanLoader:
         config.set_execution_context_allocation_strategy(
             module.ExecutionContextAllocationStrategy.USER_MANAGED
         )
-        strategies = module.DynamicShapesKernelSpecializationStrategy
         config.dynamic_shapes_kernel_specialization_strategy = (
-            strategies.EAGER if self.kernels == "eager" else strategies.LAZY
+            module.DynamicShapesKernelSpecializationStrategy.LAZY
         )
-        config.set_runtime_cache(config.create_runtime_cache())
+        if self.captures:
+            config.cuda_graph_strategy = module.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        cache, path = config.create_runtime_cache(), self._kernels_of(role)
+        if path.is_file() and not cache.deserialize(path.read_bytes()):
+            logger.info("%s is of another library, driver or GPU; kernels are compiled", path)
+        if not config.set_runtime_cache(cache):
+            logger.warning("the %s plan keeps no compiled kernels: its cache was refused", role)
         return config
+
+    def save_kernels(self, plan: LoadedPlan) -> None:
+        """Keep what TensorRT-RTX compiled beside the plan; nothing where that cannot be written."""
+        cache = None if plan.runtime_config is None else plan.runtime_config.get_runtime_cache()
+        path = self._kernels_of(plan.role)
+        content = b"" if cache is None else bytes(cache.serialize())
+        if not content or (path.is_file() and path.read_bytes() == content):
+            return
+        try:
+            write_file(path, content)
+        except DitrimError as error:
+            logger.info("compiled kernels are not kept: %s", error)
+
+    def _kernels_of(self, role: str) -> Path:
+        return self.engine_set.folder / f"{role}.kernels"
 
 
 @contextmanager
@@ -188,9 +217,13 @@ def _check_plan(module: Any, engine: Any, role: str, spec: PlanSpec, engine_set:
                 )
 
 
-def _has_streamed_weights(engine: Any) -> bool:
+def _unfit_for_graphs(library: Library, engine: Any) -> str | None:
+    if library.is_rtx:
+        return "the library captures its own"
     total = int(engine.streamable_weights_size)
-    return total > 0 and int(engine.weight_streaming_budget_v2) < total
+    if total > 0 and int(engine.weight_streaming_budget_v2) < total:
+        return "its weights are streamed"
+    return None
 
 
 def said(lines: list[tuple[str, str]]) -> str:

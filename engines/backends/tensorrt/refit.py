@@ -1,8 +1,8 @@
 """Weights for a plan that was built without them, from the files that the set's graphs point into.
 
 **Not run on a GPU yet.** A stripped plan knows its weights by the names of the graph's
-initializers. They are handed over by address, straight from the mapped files, so that host memory
-does not grow by the size of the model.
+initializers, which its constants were made too before it was built. They are handed over by
+address, straight from the mapped files, so that host memory does not grow by the size of the model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ if TYPE_CHECKING:
     from ditrim.engines.sets.engine_set import EngineSet
 
 # ONNX TensorProto element type -> name in TensorRT's DataType and bytes an element.
-_TYPES = {1: ("FLOAT", 4), 7: ("INT64", 8), 6: ("INT32", 4), 10: ("HALF", 2), 16: ("BF16", 2)}
+_TYPES = {
+    1: ("FLOAT", 4),
+    6: ("INT32", 4),
+    7: ("INT64", 8),
+    9: ("BOOL", 1),
+    10: ("HALF", 2),
+    16: ("BF16", 2),
+}
 _NAMED = 3
 
 

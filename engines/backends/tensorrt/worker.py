@@ -134,13 +134,17 @@ def _describe(library: Library) -> dict[str, Any]:
     }
 
 
-def _prepare_graph(path: Path, backend: str, num_rows: int, missing: list[str]) -> None:
+def _prepare_graph(path: Path, job: Mapping[str, Any], missing: list[str]) -> None:
     """Give the graph the form that the library takes, in place."""
     import onnx
 
     model = onnx.load(str(path), load_external_data=False)
     changed = graph_for_backend(
-        model, backend, num_blocks=num_row_blocks(num_rows), missing=missing
+        model,
+        job["backend"],
+        num_blocks=num_row_blocks(job["scored_rows"]),
+        missing=missing,
+        is_stripped=job["weights_stripped"],
     )
     if changed is not model:
         path.write_bytes(changed.SerializeToString())
@@ -240,7 +244,7 @@ def _build(job: Mapping[str, Any], library: Library, line: _Line) -> dict[str, A
     # What the library logs goes where `log_captured` reads it, and not to stdout.
     trt_util.TRT_LOGGER = library.logger
     missing = _missing_operators(library)
-    _prepare_graph(path, library.backend, job["scored_rows"], missing)
+    _prepare_graph(path, job, missing)
     if job["plugin_capability"] is not None:
         from ditrim.plugins.tensorrt_plugin import register_plugin
 
