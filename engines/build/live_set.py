@@ -34,7 +34,18 @@ _MOST_TEXT = 1 << 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveEngineSet(EngineSet):
-    """A transformer in memory, described as an engine set; `folder` is where it came from."""
+    """A transformer in memory, described as an engine set; `folder` is where it came from.
+
+    Attributes:
+        family_edit: see `largest_edit`; the family's, though longer ones run too.
+    """
+
+    family_edit: tuple[int, int, int]
+
+    @property
+    def largest_edit(self) -> tuple[int, int, int]:
+        """The most noisy, text and reference tokens of an edit of the family's pipeline."""
+        return self.family_edit
 
     def rebuild_command(self, **changes: object) -> str:
         """Return the command of an engine set for other lengths; nothing was built here."""
@@ -124,7 +135,9 @@ def describe(
     split = choose_split(options, source)
     graphs = _graphs(transformer, precision)
     facts = json.dumps([config, split.front_depth, split.representative_layers], default=str)
+    limits, ladder = options.limits, options.reference_ladder
     return LiveEngineSet(
+        family_edit=(limits.noisy, limits.text, ladder.longest),
         folder=Path(str(getattr(transformer, "name_or_path", "") or "memory")),
         manifest=Manifest(
             format_version=FORMAT_VERSION,
@@ -139,7 +152,7 @@ def describe(
             front_depth=split.front_depth,
             representative_layers=split.representative_layers,
             layers_source=split.layers_source,
-            ladder=_open_ended(options.reference_ladder),
+            ladder=_open_ended(ladder),
             limits=Limits(batch=_MOST_BATCH, noisy=_MOST_NOISY, text=_MOST_TEXT),
             precision=precision,
             backend="torch",

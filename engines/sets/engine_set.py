@@ -45,6 +45,12 @@ class EngineSet:
             return self.folder / self.manifest.plans[role].file
         return self.folder / self.manifest.graphs[role].file
 
+    @property
+    def largest_edit(self) -> tuple[int, int, int]:
+        """The most noisy, text and reference tokens of an edit."""
+        limits = self.manifest.limits
+        return limits.noisy, limits.text, self.manifest.ladder.longest
+
     def rebuild_command(self, **changes: object) -> str:
         """The command line that builds this set again, in its present folder.
 

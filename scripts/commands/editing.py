@@ -47,11 +47,11 @@ def add_request_options(group: Any) -> None:
     )
 
 
-def add_engine_options(group: Any) -> None:
+def add_engine_options(group: Any, *, is_required: bool = True) -> None:
     """Add the options that say what runs."""
     group.add_argument(
         "--engine",
-        required=True,
+        required=is_required,
         metavar="FOLDER|torch",
         help="from build-engine; or torch: the transformer of --pipeline itself, without a build",
     )
@@ -144,6 +144,11 @@ class Opened:
         return self._pipe
 
 
+def is_torch(args: argparse.Namespace) -> bool:
+    """Whether `--engine` asks for the torch backend."""
+    return args.engine == TORCH and not os.path.isdir(TORCH)
+
+
 def open_engines(args: argparse.Namespace, terminal: Terminal) -> Opened:
     """Load what `--engine` names: an engine set, or with `torch` a pipeline's own transformer.
 
@@ -151,7 +156,7 @@ def open_engines(args: argparse.Namespace, terminal: Terminal) -> Opened:
         UsageError, EngineSetError, DitrimError: see `load_engines`, `load_whole_pipeline`.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported
-    if args.engine == TORCH and not os.path.isdir(TORCH):
+    if is_torch(args):
         pipe = _whole_pipeline(args, terminal)
         from ditrim.engines.live import torch_engines
 
@@ -215,7 +220,8 @@ def _whole_pipeline(args: argparse.Namespace, terminal: Terminal) -> Any:
     terminal.stage(f"loading {place}")
     silence_libraries()
     dtype = None if device == "cpu" else torch.bfloat16
-    return load_whole_pipeline(place, dtype=dtype, scheduler=args.scheduler).to(device)
+    scheduler = getattr(args, "scheduler", None)
+    return load_whole_pipeline(place, dtype=dtype, scheduler=scheduler).to(device)
 
 
 def check_packages(what: str, *modules: str) -> None:

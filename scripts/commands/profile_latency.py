@@ -18,7 +18,13 @@ from ditrim.commands.console import (
     steps_shown,
     warnings_noted,
 )
-from ditrim.commands.editing import add_device_options, check_packages
+from ditrim.commands.editing import (
+    add_device_options,
+    add_engine_options,
+    check_packages,
+    is_torch,
+    open_engines,
+)
 from ditrim.plugins.errors import DitrimError, LadderError, UsageError
 
 if TYPE_CHECKING:
@@ -49,7 +55,10 @@ def _parser() -> CommandParser:
         examples=_EXAMPLES,
     )
     source = parser.add_argument_group("what is profiled")
-    source.add_argument("--engine", metavar="FOLDER", help="from build-engine")
+    add_engine_options(source, is_required=False)
+    source.add_argument(
+        "--pipeline", metavar="FOLDER|HUB-ID", help="with --engine torch: whose transformer"
+    )
     source.add_argument(
         "--profile", metavar="FILE", help="a profile.json, in place of measuring again"
     )
@@ -210,8 +219,13 @@ def _measure(
     from ditrim.runtime.profiling.projection import check_common_size, check_model
     from ditrim.runtime.profiling.run_cost import check_report_model
 
-    terminal.stage(f"loading {args.engine}")
-    engine_set = load_engine_set(args.engine, verify=args.verify)
+    opened = None
+    if is_torch(args):
+        opened = open_engines(args, terminal)
+        engine_set = opened.engine_set
+    else:
+        terminal.stage(f"loading {args.engine}")
+        engine_set = load_engine_set(args.engine, verify=args.verify)
     geometries = geometries_of(args, engine_set)
     rungs = _rungs_of(args.rung, engine_set, geometries)
     target = _target(args, engine_set.manifest.precision)
@@ -230,7 +244,10 @@ def _measure(
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    engines = load_engines(engine_set, device=args.device, threads=args.threads)
+    if opened is not None:
+        engines = opened.engines
+    else:
+        engines = load_engines(engine_set, device=args.device, threads=args.threads)
     machine = describe_machine(engines, args.threads)
     meter = Meter(engines, geometries, rungs, args.tau)
     rounds = args.warmup + args.repeats
@@ -263,15 +280,15 @@ def geometries_of(args: argparse.Namespace, engine_set: EngineSet) -> list[Geome
 
     _check_limits(args, engine_set)
     manifest = engine_set.manifest
-    limits, longest = manifest.limits, manifest.ladder.longest
+    most_noisy, most_text, longest = engine_set.largest_edit
     pictures: list[tuple[int, int]]
     if args.resolution is not None:
         pictures = [_picture_grid(text, manifest) for text in args.resolution]
     else:
-        pictures = [grid_of(noisy) for noisy in args.noisy or [limits.noisy]]
+        pictures = [grid_of(noisy) for noisy in args.noisy or [most_noisy]]
     found: dict[object, Geometry] = {}  # pictures of as many tokens take the same time
     for batch, text, picture in itertools.product(
-        args.batch or [1], args.text or [limits.text], pictures
+        args.batch or [1], args.text or [most_text], pictures
     ):
         references = [grid_of(number) for number in args.reference or ()]
         if not references:

@@ -531,7 +531,7 @@ def test_options_that_cannot_be_are_refused(options: dict[str, Any], message: st
 
 
 def test_a_policy_in_the_place_of_engines_names_the_remedy() -> None:
-    with pytest.raises(UsageError, match="policy=..."):
+    with pytest.raises(UsageError, match="a policy: name it"):
         ditrim.attach(tiny_pipeline("qwen-edit"), ditrim.ToPi())  # type: ignore[arg-type]
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 import ditrim
 from ditrim.commands.edit_image import main as edit_image
 from ditrim.commands.evaluate_policies import main as evaluate_policies
+from ditrim.commands.profile_latency import main as profile_latency
 
 # Calls that their families' users make: pictures, words, and what else.
 CALLS: dict[str, list[dict[str, Any]]] = {
@@ -93,6 +94,16 @@ def test_evaluate_policies_compares_on_the_shipped_editor(tmp_path: Path) -> Non
     choice = ["--policy", "topi", "--count", "2", "--steps", "4", "--no-lpips"]
     assert evaluate_policies([*place, *choice, "--output", str(tmp_path / "compared")]) == 0
     assert (tmp_path / "compared" / "report.html").is_file()
+
+
+def test_profile_latency_measures_the_familys_edit(capsys: pytest.CaptureFixture[str]) -> None:
+    place = ["--engine", "torch", "--pipeline", "small", "--device", "cpu"]
+    rounds = ["--repeats", "5", "--warmup", "1", "--max-noise", "10", "--rung", "234"]
+    assert profile_latency([*place, *rounds, "--quiet", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    sizes = {(row["num_noisy"], row["num_text"], row["num_reference"]) for row in rows}
+    assert sizes == {(144, 64, 468)}
+    assert {row["part"] for row in rows} >= {"front", "back", "anchor", "selection"}
 
 
 @pytest.mark.parametrize(

@@ -229,8 +229,8 @@ def _fuse_attention(body: ir.Graph | ir.Function, attention: ir.Node, num_heads:
     rows = [flat[query], flat[key], add("Reshape", [_swapped_from(value), flat_shape])]
     output = add("MultiHeadAttention", rows, domain=CONTRIB, num_heads=num_heads, scale=scale)
     for rotated, replacement in flat.items():
-        others = [user for user, _ in rotated.uses() if user is not attention]
-        if others:  # scores read them by head
+        readers = [user for user, _ in rotated.uses() if user is not attention]
+        if readers:  # scores read them by head
             by_head = add(
                 "Reshape", [replacement, _constant(body, attention, [0, 0, num_heads, -1])]
             )
