@@ -101,7 +101,7 @@ def test_profile_latency_measures_the_familys_edit(capsys: pytest.CaptureFixture
     rounds = ["--repeats", "5", "--warmup", "1", "--max-noise", "10", "--rung", "234"]
     assert profile_latency([*place, *rounds, "--quiet", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
-    sizes = {(row["num_noisy"], row["num_text"], row["num_reference"]) for row in rows}
+    sizes = {(row["noisy"], row["text"], row["reference"]) for row in rows}
     assert sizes == {(144, 64, 468)}
     assert {row["part"] for row in rows} >= {"front", "back", "anchor", "selection"}
 
