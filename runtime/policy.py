@@ -153,59 +153,61 @@ UNCHANGED = StepOutcome()
 SCORES = ("influence", "attention", "key-similarity")
 
 
-class Reducer(Protocol):
-    """A policy at work on one request.
+class Reducer:
+    """A policy at work on one request; a policy without memory can be its own.
 
-    `copy.copy` of it is its state at that time: it replaces what it remembers and never writes
-    into it.
+    This one does nothing. `copy.copy` of a reducer is its state at that time: it replaces what it
+    remembers and never writes into it.
     """
+
+    __slots__ = ()
 
     @property
     def score_every(self) -> int:
         """On an anchor step, score every n-th noisy row."""
-        ...
+        return 1
 
     @property
     def reads_features(self) -> bool:
         """Whether `select` and `regroup` are shown FRONT's outputs."""
-        ...
+        return False
 
     @property
     def acts_on_steps(self) -> bool:
         """Whether `finish_step` does anything; schedulers are watched for it."""
-        ...
+        return False
 
     @property
     def takes_region(self) -> bool:
         """Whether a region that the user wants kept is heeded."""
-        ...
+        return False
 
     def role(self, step: int, reduction: Reduction | None) -> Role:
-        """What step `step` (from 0) is, given what a reduced step would run on."""
-        ...
+        """Decide what step `step` (from 0) is, given what a reduced step would run on."""
+        return "full"
 
     def select(self, call: CallView) -> Reduction:
-        """What the steps after this anchor run on."""
-        ...
+        """Choose what the steps after this anchor run on."""
+        raise AssertionError(f"{type(self).__name__} has no anchor steps")
 
     def regroup(self, call: CallView) -> Reduction | None:
-        """What this reduced step runs on; none means what `call.reduction` says."""
-        ...
+        """Choose what this reduced step runs on; none means what `call.reduction` says."""
+        return None
 
     def finish_step(self, step: StepView) -> StepOutcome:
         """Look at a finished step."""
-        ...
+        return UNCHANGED
 
     def notes(self) -> Mapping[str, Any]:
-        """What a report should say of this request: plain values."""
-        ...
+        """Return what a report should say of this request: plain values."""
+        return {}
 
 
 class Policy(Protocol):
     """Which tokens steps run on. Holds nothing of a request and can be shared."""
 
     def begin(self, num_steps: int | None = None) -> Reducer:
-        """What works on one request.
+        """Make what works on one request.
 
         Args:
             num_steps: how many steps it will have; none where nobody knows.
@@ -213,58 +215,11 @@ class Policy(Protocol):
         ...
 
 
-class PlainReducer:
-    """What most reducers have in common; a policy without memory can be its own."""
-
-    __slots__ = ()
-
-    @property
-    def score_every(self) -> int:
-        """See `Reducer.score_every`."""
-        return 1
-
-    @property
-    def reads_features(self) -> bool:
-        """See `Reducer.reads_features`."""
-        return False
-
-    @property
-    def acts_on_steps(self) -> bool:
-        """See `Reducer.acts_on_steps`."""
-        return False
-
-    @property
-    def takes_region(self) -> bool:
-        """See `Reducer.takes_region`."""
-        return False
-
-    def role(self, step: int, reduction: Reduction | None) -> Role:
-        """See `Reducer.role`."""
-        return "full"
-
-    def select(self, call: CallView) -> Reduction:
-        """See `Reducer.select`."""
-        raise AssertionError(f"{type(self).__name__} has no anchor steps")
-
-    def regroup(self, call: CallView) -> Reduction | None:
-        """See `Reducer.regroup`."""
-        return None
-
-    def finish_step(self, step: StepView) -> StepOutcome:
-        """See `Reducer.finish_step`."""
-        return UNCHANGED
-
-    def notes(self) -> Mapping[str, Any]:
-        """See `Reducer.notes`."""
-        return {}
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FullContext(PlainReducer):
+class FullContext(Reducer):
     """No reduction: every step runs on every reference token."""
 
     def begin(self, num_steps: int | None = None) -> Reducer:
-        """See `Policy.begin`."""
         return self
 
 

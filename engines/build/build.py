@@ -98,7 +98,6 @@ def build_engine_set(options: BuildOptions, *, progress: Progress | None = None)
 
 
 def run_build(options: BuildOptions, *, progress: Progress | None = None) -> BuildResult:
-    """See `build_engine_set`."""
     progress = progress or LoggedProgress()
     start = time.monotonic()
     target = Path(os.path.realpath(options.target))

@@ -61,13 +61,11 @@ class ChangeRecorder:
     points: list[ChangePoint] = field(default_factory=list)
 
     def look(self, memory: CacheMemory, front: FrontView) -> tuple[bool, CacheMemory]:
-        """See `Cache.look`."""
         return False, memory
 
     def remember(
         self, memory: CacheMemory | None, front: FrontView, velocity: Tensor
     ) -> CacheMemory:
-        """See `Cache.remember`."""
         if self.tokens == "noisy":
             front = replace(front, reference=None)
         step = 0

@@ -95,7 +95,6 @@ class StepCache:
         _check_options(self.max_reuses, self.tokens)
 
     def look(self, memory: CacheMemory, front: FrontView) -> tuple[bool, CacheMemory]:
-        """See `Cache.look`."""
         if self.max_reuses is not None and memory.reuses >= self.max_reuses:
             return False, memory
         changes = relative_changes(_compared(front, self.tokens), memory.front)
@@ -105,7 +104,6 @@ class StepCache:
     def remember(
         self, memory: CacheMemory | None, front: FrontView, velocity: Tensor
     ) -> CacheMemory:
-        """See `Cache.remember`."""
         return CacheMemory(front=_compared(front, self.tokens), velocity=velocity)
 
 
@@ -152,7 +150,6 @@ class TeaCache:
             )
 
     def look(self, memory: CacheMemory, front: FrontView) -> tuple[bool, CacheMemory]:
-        """See `Cache.look`."""
         front = _compared(front, self.tokens)
         predicted = [self.predict(change) for change in relative_changes(front, memory.front)]
         before = memory.totals or (0.0,) * len(predicted)
@@ -166,7 +163,6 @@ class TeaCache:
     def remember(
         self, memory: CacheMemory | None, front: FrontView, velocity: Tensor
     ) -> CacheMemory:
-        """See `Cache.remember`."""
         return CacheMemory(front=_compared(front, self.tokens), velocity=velocity)
 
     def predict(self, change: float) -> float:

@@ -27,7 +27,6 @@ class EventClock(Clock):
         self._marks.append((part, event))
 
     def lap(self, part: str) -> None:
-        """See `Clock.lap`."""
         self._mark(part)
 
     def finish(self) -> None:

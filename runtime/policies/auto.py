@@ -29,7 +29,6 @@ from ditrim.runtime.policy import (
     UNCHANGED,
     CallView,
     FullContext,
-    PlainReducer,
     Reducer,
     Reduction,
     StepOutcome,
@@ -64,7 +63,7 @@ class FlooredCoverage(CoverageToPi):
     quality: QualityModel | None = field(default=None, repr=False)
 
     def count(self, scores: torch.Tensor, call: CallView) -> int:
-        """See `ToPi.count`; found by bisection, as more tokens hold more."""
+        """Find the count by bisection, as more tokens hold more."""
         length = scores.shape[1]
         low, high = 1, _PARTS
         while low < high:
@@ -151,7 +150,6 @@ class Auto:
         return self._quality
 
     def begin(self, num_steps: int | None = None) -> Reducer:
-        """See `Policy.begin`."""
         inner = {name: getattr(self.coverage, name) for name in ("exponent", "floor", "min_share")}
         coverage = FlooredCoverage(
             **inner,
@@ -168,7 +166,7 @@ class Auto:
 
 
 @dataclass(slots=True, kw_only=True)
-class AutoReducer(PlainReducer):
+class AutoReducer(Reducer):
     """`Auto` at work on one request.
 
     Attributes:
@@ -194,22 +192,18 @@ class AutoReducer(PlainReducer):
 
     @property
     def acts_on_steps(self) -> bool:
-        """See `Reducer.acts_on_steps`."""
         return True
 
     @property
     def takes_region(self) -> bool:
-        """See `Reducer.takes_region`."""
         return True
 
     def role(self, step: int, reduction: Reduction | None) -> Role:
-        """See `Reducer.role`."""
         if self.chosen is not None:
             return self.chosen.role(step, reduction)
         return self.coverage.role(step, reduction)
 
     def select(self, call: CallView) -> Reduction:
-        """See `Reducer.select`."""
         found = self.coverage.select(call)
         if self.chosen is None:
             assert call.influence is not None
@@ -225,7 +219,7 @@ class AutoReducer(PlainReducer):
         return found
 
     def finish_step(self, step: StepView) -> StepOutcome:
-        """See `Reducer.finish_step`; the choice falls here."""
+        """Make the choice, once a step has shown what it needs."""
         if self.chosen is self.drop:
             return self.drop.finish_step(step)
         if self.chosen is not None:
@@ -241,7 +235,6 @@ class AutoReducer(PlainReducer):
         return StepOutcome(reduction=Reduction())
 
     def notes(self) -> Mapping[str, Any]:
-        """See `Reducer.notes`."""
         found = dict(self.facts)
         if self.chosen is self.drop:
             found["tokendrop"] = dict(self.drop.notes())

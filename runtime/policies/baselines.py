@@ -11,14 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from ditrim.plugins.errors import UsageError
 from ditrim.runtime.policies.merging import check_scope, reduce_by_merging
 from ditrim.runtime.policies.topi import ToPi
-from ditrim.runtime.policy import (
-    CallView,
-    PlainReducer,
-    Reducer,
-    Reduction,
-    check_count,
-    check_share,
-)
+from ditrim.runtime.policy import CallView, Reducer, Reduction, check_count, check_share
 from ditrim.runtime.tokens.draws import generator_of
 
 if TYPE_CHECKING:
@@ -30,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RandomDrop(PlainReducer):
+class RandomDrop(Reducer):
     """A baseline: as many tokens as `policy` would keep, chosen at random.
 
     Attributes:
@@ -50,27 +43,22 @@ class RandomDrop(PlainReducer):
             )
 
     def begin(self, num_steps: int | None = None) -> Reducer:
-        """See `Policy.begin`."""
         policy = self.policy.begin(num_steps)
         assert isinstance(policy, ToPi)
         return replace(self, policy=policy)
 
     @property
     def score_every(self) -> int:
-        """See `Reducer.score_every`."""
         return self.policy.score_every
 
     @property
     def takes_region(self) -> bool:
-        """See `Reducer.takes_region`."""
         return True
 
     def role(self, step: int, reduction: Reduction | None = None) -> Role:
-        """See `Reducer.role`."""
         return self.policy.role(step, reduction)
 
     def select(self, call: CallView) -> Reduction:
-        """See `Reducer.select`."""
         import torch
 
         from ditrim.runtime.tokens.budget import keep_region, select_by_budget, select_top
@@ -91,7 +79,7 @@ class RandomDrop(PlainReducer):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _MergeAlways(PlainReducer):
+class _MergeAlways(Reducer):
     """Merging that looks at nothing but the features of the step itself.
 
     Attributes:
@@ -118,23 +106,19 @@ class _MergeAlways(PlainReducer):
             check_count("interval", self.interval)
 
     def begin(self, num_steps: int | None = None) -> Reducer:
-        """See `Policy.begin`."""
         return self
 
     @property
     def reads_features(self) -> bool:
-        """See `Reducer.reads_features`."""
         return True
 
     def role(self, step: int, reduction: Reduction | None = None) -> Role:
-        """See `Reducer.role`."""
         if step < self.warmup:
             return "full"
         is_full = self.interval is not None and (step - self.warmup) % self.interval == 0
         return "full" if is_full else "reduced"
 
     def regroup(self, call: CallView) -> Reduction | None:
-        """See `Reducer.regroup`."""
 
         def references(features: Tensor, grids: Grids, count: int) -> TokenMerge:
             return self.group(features, grids, count, call.step, 0)
@@ -160,7 +144,6 @@ class ToMeSD(_MergeAlways):
     """
 
     def group(self, features: Tensor, grids: Grids, count: int, step: int, part: int) -> TokenMerge:
-        """See `_MergeAlways.group`."""
         from ditrim.runtime.tokens.matching import tomesd
 
         return tomesd(features, grids, count, generator_of(self.seed, step, part))
@@ -188,7 +171,6 @@ class ToMA(_MergeAlways):
             raise UsageError(f"sharpness must be a number above 0, got {self.sharpness!r}")
 
     def group(self, features: Tensor, grids: Grids, count: int, step: int, part: int) -> TokenMerge:
-        """See `_MergeAlways.group`."""
         from ditrim.runtime.tokens.matching import toma
 
         return toma(features, grids, count, tile=self.tile, sharpness=self.sharpness)

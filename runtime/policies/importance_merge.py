@@ -28,7 +28,6 @@ from ditrim.runtime.policies.schedule import Schedule
 from ditrim.runtime.policy import (
     UNCHANGED,
     CallView,
-    PlainReducer,
     Reducer,
     Reduction,
     Role,
@@ -98,12 +97,11 @@ class ImportanceMerge:
         object.__setattr__(self, "schedule", Schedule(interval=self.interval, warmup=self.warmup))
 
     def begin(self, num_steps: int | None = None) -> Reducer:
-        """See `Policy.begin`."""
         return ImportanceMergeReducer(policy=self)
 
 
 @dataclass(slots=True, kw_only=True)
-class ImportanceMergeReducer(PlainReducer):
+class ImportanceMergeReducer(Reducer):
     """`ImportanceMerge` at work on one request.
 
     Attributes:
@@ -120,32 +118,28 @@ class ImportanceMergeReducer(PlainReducer):
 
     @property
     def score_every(self) -> int:
-        """See `Reducer.score_every`."""
         return self.policy.score_every
 
     @property
     def reads_features(self) -> bool:
-        """See `Reducer.reads_features`."""
         return True
 
     @property
     def acts_on_steps(self) -> bool:
-        """See `Reducer.acts_on_steps`."""
         return self.policy.scope == "both"
 
     def role(self, step: int, reduction: Reduction | None) -> Role:
-        """See `Reducer.role`; a request that is joined half-way begins with an anchor."""
+        """Begin with an anchor where a request is joined half-way."""
         role = self.policy.schedule.role(step)
         return "anchor" if role == "reduced" and reduction is None else role
 
     def select(self, call: CallView) -> Reduction:
-        """See `Reducer.select`: tokens are grouped at the steps that follow."""
+        """Keep the influence; tokens are grouped at the steps that follow."""
         assert call.influence is not None
         self.influence = {**self.influence, call.branch: call.influence}
         return Reduction()
 
     def regroup(self, call: CallView) -> Reduction | None:
-        """See `Reducer.regroup`."""
         influence = self.influence[call.branch]
 
         def references(features: Tensor, grids: Grids, count: int) -> Merge:
@@ -160,12 +154,11 @@ class ImportanceMergeReducer(PlainReducer):
         )
 
     def finish_step(self, step: StepView) -> StepOutcome:
-        """See `Reducer.finish_step`; nothing of the step is changed."""
+        """Take in the step and change nothing of it."""
         self.noisy_importance, self.signal = _noisy_importance(step)
         return UNCHANGED
 
     def notes(self) -> Mapping[str, Any]:
-        """See `Reducer.notes`."""
         found = {"reference_importance": "influence"}
         return found if self.signal is None else found | {"noisy_importance": self.signal}
 

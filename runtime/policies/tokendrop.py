@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from ditrim.plugins.errors import DitrimError, UsageError
 from ditrim.runtime.policy import (
     UNCHANGED,
-    PlainReducer,
     Reducer,
     Reduction,
     StepOutcome,
@@ -114,12 +113,11 @@ class TokenDrop:
         return FEW_STEPS if self.preset == "few-steps" else _defaults_of(self.model)
 
     def begin(self, num_steps: int | None = None) -> Reducer:
-        """See `Policy.begin`."""
         return TokenDropReducer(policy=self)
 
 
 @dataclass(slots=True, kw_only=True)
-class TokenDropReducer(PlainReducer):
+class TokenDropReducer(Reducer):
     """`TokenDrop` at work on one request.
 
     Attributes:
@@ -136,21 +134,18 @@ class TokenDropReducer(PlainReducer):
 
     @property
     def acts_on_steps(self) -> bool:
-        """See `Reducer.acts_on_steps`."""
         return True
 
     @property
     def takes_region(self) -> bool:
-        """See `Reducer.takes_region`."""
         return True
 
     def role(self, step: int, reduction: Reduction | None) -> Role:
-        """See `Reducer.role`."""
         is_full = step < self.policy.num_full_steps or reduction is None
         return "full" if is_full else "reduced"
 
     def finish_step(self, step: StepView) -> StepOutcome:
-        """See `Reducer.finish_step` (Alg. 1: the mask, then the update)."""
+        """Work out the mask, then update the latents (Alg. 1)."""
         from ditrim.runtime.tokens import residual
 
         policy = self.policy
@@ -182,7 +177,6 @@ class TokenDropReducer(PlainReducer):
         return StepOutcome(latents=latents, reduction=Reduction(kept=kept, before_front=True))
 
     def notes(self) -> Mapping[str, Any]:
-        """See `Reducer.notes`."""
         if self.dense_because is None and not self.mask_ratios:
             return {}
         found: dict[str, Any] = {

@@ -12,7 +12,7 @@ from ditrim.runtime.policies.schedule import Schedule
 from ditrim.runtime.policy import (
     SCORES,
     CallView,
-    PlainReducer,
+    Reducer,
     Reduction,
     Role,
     check_count,
@@ -30,7 +30,7 @@ MODES = ("prune", "merge")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ToPi(PlainReducer):
+class ToPi(Reducer):
     """Token pruning for in-context generation (ToPi, Alg. 1).
 
     A step every now and then is an anchor: it runs the full context and scores every reference
@@ -98,7 +98,6 @@ class ToPi(PlainReducer):
         object.__setattr__(self, "_schedule", Schedule(interval=self.interval, warmup=self.warmup))
 
     def begin(self, num_steps: int | None = None) -> Self:
-        """See `Policy.begin`."""
         if self.interval is not None or num_steps is None:
             return self
         placed = copy.copy(self)
@@ -108,23 +107,20 @@ class ToPi(PlainReducer):
 
     @property
     def reads_features(self) -> bool:
-        """See `Reducer.reads_features`."""
         return self.mode == "merge"
 
     @property
     def takes_region(self) -> bool:
-        """See `Reducer.takes_region`."""
         return True
 
     def role(self, step: int, reduction: Reduction | None = None) -> Role:
-        """See `Reducer.role`; a request that is joined half-way begins with an anchor."""
+        """Begin with an anchor where a request is joined half-way."""
         role = self._schedule.role(step)
         if self.is_static and step > self.warmup:
             role = "reduced"
         return "anchor" if role == "reduced" and reduction is None else role
 
     def select(self, call: CallView) -> Reduction:
-        """See `Reducer.select`."""
         from ditrim.runtime.tokens.budget import keep_region
 
         scores = self.scores_of(call)
@@ -134,7 +130,7 @@ class ToPi(PlainReducer):
         return Reduction(kept=kept, merge=self._merge(kept, call))
 
     def regroup(self, call: CallView) -> Reduction | None:
-        """See `Reducer.regroup`; merges follow the features of the step."""
+        """Merge by the features of the step, where the policy merges."""
         if call.reduction is None or call.reduction.kept is None or self.mode == "prune":
             return None
         kept = call.reduction.kept
@@ -215,7 +211,6 @@ class CoverageToPi(ToPi):
     min_share: float = 0.25
 
     def choose(self, scores: torch.Tensor, call: CallView) -> torch.Tensor:
-        """See `ToPi.choose`."""
         from ditrim.runtime.tokens.budget import select_by_budget
         from ditrim.runtime.tokens.coverage import select_with_coverage
 

@@ -161,7 +161,6 @@ class Row:
 
     @property
     def statistics(self) -> Statistics:
-        """See `statistics_of`."""
         return statistics_of(self.samples_ms)
 
     @property

@@ -74,7 +74,6 @@ class Merge:
     weights: Tensor
 
     def merge(self, x: Tensor) -> Tensor:
-        """See `TokenMerge.merge`."""
         batch, length, width = x.shape
         num_kept = self.kept.shape[1]
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -91,11 +90,9 @@ class Merge:
         return (sums / totals).to(x.dtype)
 
     def unmerge(self, y: Tensor) -> Tensor:
-        """See `TokenMerge.unmerge`."""
         return y.gather(1, self.assignment[..., None].expand(-1, -1, y.shape[2]))
 
     def entries(self, rows: Tensor) -> Merge:
-        """See `TokenMerge.entries`."""
         return Merge(self.kept[rows], self.assignment[rows], self.weights[rows])
 
 
@@ -120,7 +117,7 @@ class AttentionMerge:
     places: Tensor
 
     def merge(self, x: Tensor) -> Tensor:
-        """See `TokenMerge.merge`: the weights, normalised over each kept token's share."""
+        """Average by the weights, normalised over each kept token's share."""
         batch, _, width = x.shape
         num_kept = self.kept.shape[1]
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -134,7 +131,7 @@ class AttentionMerge:
         return out[:, :num_kept].to(x.dtype).contiguous()
 
     def unmerge(self, y: Tensor) -> Tensor:
-        """See `TokenMerge.unmerge`: the transposed weights."""
+        """Spread by the transposed weights."""
         batch, _, width = y.shape
         wide = torch.promote_types(y.dtype, torch.float32)
         padded = torch.cat([y.to(wide), y.new_zeros(batch, 1, width, dtype=wide)], dim=1)
@@ -144,7 +141,6 @@ class AttentionMerge:
         return tokens.view(batch, -1, width)[:, self.places].to(y.dtype)
 
     def entries(self, rows: Tensor) -> AttentionMerge:
-        """See `TokenMerge.entries`."""
         return replace(
             self, kept=self.kept[rows], slots=self.slots[rows], weights=self.weights[rows]
         )

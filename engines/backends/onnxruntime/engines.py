@@ -172,7 +172,6 @@ class OnnxRuntimeEngines:
     def run(
         self, role: str, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]
     ) -> None:
-        """See `Engines.run`."""
         check_not_forked()
         role = "back" if role == "anchor" else role  # one graph serves both
         session = self._sessions[role]
@@ -198,7 +197,7 @@ class OnnxRuntimeEngines:
         session.run_with_iobinding(binding)
 
     def synchronize(self) -> None:
-        """See `Engines.synchronize`; ONNX Runtime returns when the outputs are written."""
+        """Return at once: ONNX Runtime returns when the outputs are written."""
 
 
 def _address(tensor: torch.Tensor) -> int:
