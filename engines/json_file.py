@@ -71,7 +71,8 @@ def check_header(content: Any, noun: str, header: Mapping[str, str | int]) -> di
         if isinstance(value, str):
             raise UsageError(f"it is no {noun}")
         raise UsageError(
-            f"it is of format version {given!r:.80}; this version of ditrim reads {value}"
+            f"it is of format version {given!r:.80}; this version of ditrim reads format version "
+            f"{value}"
         )
     return {key: value for key, value in content.items() if key not in header}
 

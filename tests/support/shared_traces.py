@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import os
 import pickle
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from ditrim.plugins.architectures.transformers import blocks_of
 
 # A model with more is traced each time: no folder for gigabytes.
 MOST_BYTES = 128 << 20
+# Diffusers' own notes in a configuration, which differ between processes and folders.
+_PRIVATE = re.compile(r"\('_\w+', (\[[^\]]*\]|'[^']*')\)")
 
 
 def export_graph(*arguments: Any, **options: Any) -> ir.Model:
@@ -109,7 +112,7 @@ def share_traces(folder: Path) -> Iterator[None]:
             return found.function.SerializeToString(), found.weights
 
         if key not in assemble._TRACED:
-            content, weights = kept(folder, repr(key), make)
+            content, weights = kept(folder, _PRIVATE.sub("", repr(key)), make)
             function = onnx.FunctionProto.FromString(content)
             known = assemble._TracedKind(function=function, weights=weights)
             assemble._TRACED.setdefault(key, known)
