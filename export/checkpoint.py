@@ -99,24 +99,7 @@ def _names_of(variant: str | None) -> tuple[str, str]:
 def _weight_files(folder: Path, variant: str | None) -> tuple[str, ...]:
     weights_name, index_name = _names_of(variant)
     if (folder / index_name).is_file():
-        weight_map = _read_json(folder / index_name).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{folder / index_name} has no weight_map")
-        names = sorted({str(name) for name in weight_map.values()})
-        for name in names:
-            if Path(name).name != name or not name.endswith(".safetensors"):
-                raise CheckpointError(
-                    f"{folder / index_name} names the shard {name!r}; only .safetensors files in "
-                    "the same folder are read"
-                )
-            if not (folder / name).is_file():
-                num_lost = sum(shard == name for shard in weight_map.values())
-                raise CheckpointError(
-                    f"checkpoint {folder} lacks the shard {name} ({num_lost} tensors, among them "
-                    f"{min(key for key, shard in weight_map.items() if shard == name)}); download "
-                    "it again"
-                )
-        return tuple(names)
+        return _shards_of(folder, index_name)
     if (folder / weights_name).is_file():
         return (weights_name,)
     found = sorted(path.name for path in folder.iterdir() if path.is_file())
@@ -138,6 +121,27 @@ def _weight_files(folder: Path, variant: str | None) -> tuple[str, ...]:
     raise CheckpointError(
         f"checkpoint {folder} has no weights: neither {weights_name} nor {index_name}{hint}"
     )
+
+
+def _shards_of(folder: Path, index_name: str) -> tuple[str, ...]:
+    """Files that an index names, all of them there."""
+    weight_map = _read_json(folder / index_name).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{folder / index_name} has no weight_map")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{folder / index_name} names the shard {name!r}; only .safetensors files in the "
+                "same folder are read"
+            )
+        if not (folder / name).is_file():
+            lost = [key for key, shard in weight_map.items() if shard == name]
+            raise CheckpointError(
+                f"checkpoint {folder} lacks the shard {name} ({len(lost)} tensors, among them "
+                f"{min(lost)}); download it again"
+            )
+    return tuple(names)
 
 
 def _variants_in(names: list[str]) -> set[str | None]:

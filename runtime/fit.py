@@ -238,6 +238,20 @@ def _check_weights(transformer: Any, engine_set: EngineSet) -> None:
         return
     stored = {name: decode_samples(text) for name, text in manifest.weights.items()}
     owned = {name: _samples_in(found, name, engine_set) for name in stored}
+    differing = _differing(found, stored, owned, merged)
+    if found.names and not differing and any(name not in found.adapters for name in merged):
+        differing = [name for name in merged if name not in found.adapters]
+    if differing:
+        _refuse_other_weights(differing, found.names, engine_set)
+
+
+def _differing(
+    found: _Weights,
+    stored: Mapping[str, Floats],
+    owned: Mapping[str, Floats],
+    merged: Mapping[str, Floats],
+) -> list[str]:
+    """Weights whose samples are neither the set's own nor, with adapters, its merged ones."""
     # Values of one side that all fit a coarser type were cast to it once.
     casts = {
         kind
@@ -255,10 +269,7 @@ def _check_weights(transformer: Any, engine_set: EngineSet) -> None:
         if name in merged and _is_close(own, merged[name], expected):
             continue
         differing.append(name)
-    if found.names and not differing and any(name not in found.adapters for name in merged):
-        differing = [name for name in merged if name not in found.adapters]
-    if differing:
-        _refuse_other_weights(differing, found.names, engine_set)
+    return differing
 
 
 def _samples_in(found: _Weights, name: str, engine_set: EngineSet) -> Floats:

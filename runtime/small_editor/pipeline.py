@@ -341,27 +341,12 @@ class SmallEditPipeline(DiffusionPipeline):  # type: ignore[misc]
         grids += [(1, tensor.shape[2] // size, tensor.shape[3] // size) for tensor in tensors]
         img_shapes = [grids] * batch_size
 
-        do_true_cfg = true_cfg_scale > 1 and negative_prompt is not None
-        if true_cfg_scale > 1 and negative_prompt is None:
-            logger.warning(
-                "true_cfg_scale is %s and there is no negative_prompt: no guidance", true_cfg_scale
-            )
-        elif true_cfg_scale <= 1 and negative_prompt is not None:
-            logger.warning("negative_prompt is not used, since true_cfg_scale is not above 1")
+        do_true_cfg = _is_guided(true_cfg_scale, negative_prompt)
         prompt_embeds, prompt_embeds_mask = self.encode_prompt(
             prompts, device, num_images_per_prompt, max_sequence_length
         )
         if do_true_cfg:
-            negatives = (
-                [negative_prompt] * len(prompts)
-                if isinstance(negative_prompt, str)
-                else negative_prompt or []
-            )
-            if len(negatives) != len(prompts):
-                raise ValueError(
-                    f"`negative_prompt` has {len(negatives)} entries and `prompt` {len(prompts)}; "
-                    "pass one string, or one for each prompt"
-                )
+            negatives = _negatives_of(negative_prompt, len(prompts))
             negative_prompt_embeds, negative_prompt_embeds_mask = self.encode_prompt(
                 negatives, device, num_images_per_prompt, max_sequence_length
             )
@@ -433,3 +418,27 @@ class SmallEditPipeline(DiffusionPipeline):  # type: ignore[misc]
         if output_type == "np":
             return array
         return [Image.fromarray(np.rint(picture * 255).astype(np.uint8)) for picture in array]
+
+
+def _is_guided(true_cfg_scale: float, negative_prompt: str | list[str] | None) -> bool:
+    """Whether true classifier-free guidance runs; warns where one half of it is missing."""
+    if true_cfg_scale > 1 and negative_prompt is None:
+        logger.warning(
+            "true_cfg_scale is %s and there is no negative_prompt: no guidance", true_cfg_scale
+        )
+    elif true_cfg_scale <= 1 and negative_prompt is not None:
+        logger.warning("negative_prompt is not used, since true_cfg_scale is not above 1")
+    return true_cfg_scale > 1 and negative_prompt is not None
+
+
+def _negatives_of(negative_prompt: str | list[str] | None, count: int) -> list[str]:
+    """A negative prompt for each of `count` prompts."""
+    if isinstance(negative_prompt, str):
+        return [negative_prompt] * count
+    negatives = negative_prompt or []
+    if len(negatives) != count:
+        raise ValueError(
+            f"`negative_prompt` has {len(negatives)} entries and `prompt` {count}; pass one "
+            "string, or one for each prompt"
+        )
+    return negatives

@@ -385,14 +385,7 @@ def sample_edit(
     needs a large one: with "same", the camera category is zoom only. Raises `ValueError` for an
     unknown category, kind or split, and for a shift with a reference of the same size.
     """
-    if category is not None and category not in KINDS:
-        raise ValueError(f"category {category!r} is unknown; allowed: {', '.join(CATEGORIES)}")
-    if kind is not None and kind not in _SAMPLERS:
-        raise ValueError(f"kind {kind!r} is unknown; allowed: {', '.join(_SAMPLERS)}")
-    if split not in ("train", "held-out"):
-        raise ValueError(f"split {split!r} is unknown; allowed: train, held-out")
-    if kind == "shift" and reference == "same":
-        raise ValueError("a shift needs what lies outside the picture; pass reference='large'")
+    _check_choice(category, split, reference, kind)
     if kind is not None:
         category = next(name for name, kinds in KINDS.items() if kind in kinds)
     if category is None:
@@ -423,6 +416,19 @@ def sample_edit(
         edit_mask=np.any(source != target, axis=-1),
         pairs=tuple(item.pair for item in items),
     )
+
+
+def _check_choice(
+    category: str | None, split: str, reference: str | None, kind: str | None
+) -> None:
+    if category is not None and category not in KINDS:
+        raise ValueError(f"category {category!r} is unknown; allowed: {', '.join(CATEGORIES)}")
+    if kind is not None and kind not in _SAMPLERS:
+        raise ValueError(f"kind {kind!r} is unknown; allowed: {', '.join(_SAMPLERS)}")
+    if split not in ("train", "held-out"):
+        raise ValueError(f"split {split!r} is unknown; allowed: train, held-out")
+    if kind == "shift" and reference == "same":
+        raise ValueError("a shift needs what lies outside the picture; pass reference='large'")
 
 
 def training_generator(seed: int, step: int) -> np.random.Generator:

@@ -45,8 +45,24 @@ def share_out(
         return share_out(least, least, count, [0] * len(least))
     total = sum(mass)
     weights = list(mass) if total > 0 else [float(length) for length in lengths]
-    # Parts that hit a bound are fixed there and the rest is shared again among the others; those
-    # below their least go first when they are the larger correction.
+    fixed, exact = _bounded_parts(weights, lengths, least, count)
+    counts = {i: int(part) for i, part in exact.items()}
+    spare = count - sum(fixed.values()) - sum(counts.values())
+    for i in sorted(exact, key=lambda i: (counts[i] - exact[i], i)):
+        if spare and counts[i] < lengths[i]:
+            counts[i], spare = counts[i] + 1, spare - 1
+    assert not spare
+    return [fixed.get(i, counts.get(i, 0)) for i in range(len(lengths))]
+
+
+def _bounded_parts(
+    weights: Sequence[float], lengths: Sequence[int], least: Sequence[int], count: int
+) -> tuple[dict[int, int], dict[int, float]]:
+    """Parts of a count that are fixed at a bound, and exact parts of what is left for the others.
+
+    Parts that hit a bound are fixed there and the rest is shared again among the others; those
+    below their least go first when they are the larger correction.
+    """
     fixed: dict[int, int] = {}
     while True:
         free = [i for i in range(len(lengths)) if i not in fixed]
@@ -56,18 +72,11 @@ def share_out(
         over = {i: exact[i] - lengths[i] for i in free if exact[i] > lengths[i]}
         under = {i: least[i] - exact[i] for i in free if exact[i] < least[i]}
         if not over and not under:
-            break
+            return fixed, exact
         if sum(over.values()) >= sum(under.values()):
             fixed |= {i: lengths[i] for i in over}
         else:
             fixed |= {i: least[i] for i in under}
-    counts = {i: int(exact[i]) for i in free}
-    spare = rest - sum(counts.values())
-    for i in sorted(free, key=lambda i: (counts[i] - exact[i], i)):
-        if spare and counts[i] < lengths[i]:
-            counts[i], spare = counts[i] + 1, spare - 1
-    assert not spare
-    return [fixed.get(i, counts.get(i, 0)) for i in range(len(lengths))]
 
 
 def budget_counts(grids: Grids, budgets: Sequence[float | int]) -> list[int]:

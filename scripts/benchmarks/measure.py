@@ -357,16 +357,19 @@ def measure_edits(
                 "kept_ratio": round(statistics.mean(kept[way.name]), 4)
                 if way.policy is not None
                 else None,
-                "quality": [
-                    float(f"{function(quality[way.name]):.4g}")
-                    for function in (statistics.mean, min if case.is_picture else max)
-                ]
-                if quality[way.name]
-                else None,
+                "quality": mean_and_worst(quality[way.name], is_picture=case.is_picture),
             }
             for way in ways
         ],
     }
+
+
+def mean_and_worst(quality: list[float], *, is_picture: bool) -> list[float] | None:
+    """Of what `distance` measured; none where nothing was."""
+    if not quality:
+        return None
+    functions = (statistics.mean, min if is_picture else max)
+    return [float(f"{function(quality):.4g}") for function in functions]
 
 
 def edit_in_turn(
