@@ -133,14 +133,14 @@ def main() -> int:
         "full_step_s": round(seconds, 1),
         "gflop_s": round(gflops, 1),
     }
-    rounds, rows = Rounds(), []
-    parts = [partial(rounds.timed, name, decide) for name, decide in decisions().items()]
+    rounds, rows, policies = Rounds(), [], decisions()
+    parts = [partial(rounds.timed, name, decide) for name, decide in policies.items()]
     with torch.no_grad():
         rounds.run(lambda: rounds.turn(parts), repeats, 1)
-    for name, samples in rounds.samples.items():
-        median = statistics.median(samples)
+    for name in policies:
+        median = statistics.median(rounds.samples[name])
         share = f"{median / 1e3 / seconds:.5%}"
-        result[str(name)] = {"ms": round(median, 2), "share": share}
+        result[name] = {"ms": round(median, 2), "share": share}
         rows.append((name, number(median), share))
     show([Section(columns=("decision", "ms", "share of a full step"), rows=rows)])
     print(json.dumps(result))

@@ -24,7 +24,8 @@ _PACKAGES = ("ditrim", "torch", "diffusers", "onnxruntime", "onnxruntime-gpu", "
              "tensorrt-rtx")  # fmt: skip
 _GPU_QUERY = "clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,power.draw,driver_version"
 # Flags of a CPU that decide which kernels run: vectors and matrices of x86, then of Arm.
-_VECTOR_FLAGS = ("sse4", "avx", "fma", "f16c", "bmi2", "amx", "asimd", "sve", "sme", "bf16", "i8mm")
+_VECTOR_FLAGS = ("sse4", "avx", "fma", "f16c", "bmi2", "amx", "asimd", "sve", "sme_", "smef",
+                 "smei", "bf16", "i8mm")  # fmt: skip
 
 
 def describe_machine(engines: Engines | None, threads: int) -> dict[str, Any]:
@@ -59,12 +60,9 @@ def instruction_sets() -> dict[str, Any]:
     """
     import torch
 
-    flags = _cpuinfo("flags") or _cpuinfo("Features")
-    known = (
-        sorted(flag for flag in flags[0].split() if flag.startswith(_VECTOR_FLAGS))
-        if flags
-        else None
-    )
+    known = None
+    for flags in (_cpuinfo("flags") or _cpuinfo("Features"))[:1]:  # every core has the same
+        known = sorted(flag for flag in flags.split() if flag.startswith(_VECTOR_FLAGS))
     return {"torch": torch.backends.cpu.get_cpu_capability(), "cpu": known}
 
 

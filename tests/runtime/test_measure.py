@@ -77,10 +77,10 @@ def test_instruction_sets_of_x86_and_arm_are_read(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(Path, "read_text", lambda self: f"processor : 0\n{line}\n")
         return machine.instruction_sets()["cpu"]
 
-    assert flags("flags : fpu avx512_vnni avx2 amx_tile ht fma") == [
+    assert flags("flags : fpu avx512_vnni avx2 amx_tile ht fma smep sme sev") == [
         "amx_tile", "avx2", "avx512_vnni", "fma"
     ]  # fmt: skip
-    assert flags("Features\t: fp asimd sve2 crc32") == ["asimd", "sve2"]
+    assert flags("Features\t: fp asimd smef16f32 sve2 crc32") == ["asimd", "smef16f32", "sve2"]
     assert flags("model name : without flags") is None
 
 
