@@ -11,7 +11,7 @@ PORTABLE_ROWS = 64
 # many no less.
 ONNXRUNTIME_ROWS = 128
 # Blocks of rows in its form for CUDA, which has no loop.
-CUDA_BLOCKS = 16
+CUDA_BLOCKS = 64
 # By TensorRT-RTX's form: with 8704 keys and 24 heads 214 MB of float32 logits, less than the rest
 # of a block of that size takes. Fewer than 8 blocks were not kept apart by TensorRT-RTX 1.7.1 at
 # every length (`docs/guide/tensorrt.md`).

@@ -13,7 +13,7 @@ loop: CUDA's kernels of `Loop`, `Scan`, `Pad`, `ReduceMax` and `Identity` are th
 and what it has no kernel for runs on the CPU, with copies there and back.
 
 Limits: ONNX Runtime alone has these operators. Trade-off: `ONNXRUNTIME_ROWS` rows of logits are
-alive at a time while a layer is scored, with CUDA a sixteenth of all.
+alive at a time while a layer is scored, with CUDA a 64th of all.
 """
 
 from __future__ import annotations
@@ -197,8 +197,8 @@ def _fuse_attention(body: ir.Graph | ir.Function, attention: ir.Node, num_heads:
     import onnx_ir as ir
 
     assert len(attention.inputs) == 3, "the exporter writes attention without a mask"
-    others = {"is_causal", "softcap", "qk_matmul_output_mode"}
-    assert set(attention.attributes) - others == {"scale"}
+    left_out = {"is_causal", "softcap", "qk_matmul_output_mode"}
+    assert set(attention.attributes) - left_out == {"scale"}
     scale = attention.attributes["scale"].as_float()
     query, key, value = attention.inputs
     assert query is not None

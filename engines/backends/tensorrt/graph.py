@@ -250,14 +250,16 @@ def graph_for_backend(
 
 
 def _with_all_weights_named(model: onnx.ModelProto) -> onnx.ModelProto:
+    import numpy as np
     import onnx_ir as ir
     from onnx_ir.passes.common import InlinePass, LiftConstantsToInitializersPass
 
     inlined = InlinePass()(ir.from_proto(model)).model
     for node in list(inlined.graph):
         if node.op_type == "ConstantOfShape":  # its parser makes a weight of its own of the value
-            filled = node.attributes["value"].as_tensor().numpy().reshape(())
-            value = ir.node("Constant", [], {"value": ir.tensor(filled)})
+            given = node.attributes.get("value")
+            filled = np.zeros(1, np.float32) if given is None else given.as_tensor().numpy()
+            value = ir.node("Constant", [], {"value": ir.tensor(filled.reshape(()))})
             expanded = ir.node("Expand", [value.outputs[0], node.inputs[0]])
             inlined.graph.insert_before(node, [value, expanded])
             ir.convenience.replace_all_uses_with(node.outputs[0], expanded.outputs[0])
