@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from collections.abc import Mapping
@@ -215,8 +216,6 @@ def current_content(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check(manifest: Manifest) -> None:
     """What the types do not say."""
-    from ditrim.engines.sets.fingerprints import decode_samples
-
     for name, allowed in (("architecture", ARCHITECTURES), ("precision", PRECISIONS)):
         if (value := getattr(manifest, name)) not in allowed:
             raise UsageError(f"key {name!r} is {value!r}; allowed: {', '.join(allowed)}")
@@ -229,10 +228,8 @@ def _check(manifest: Manifest) -> None:
         value_from(_Target, dict(manifest.target), where="target")
     for key in ("weights", "merged_weights"):
         for name, text in getattr(manifest, key).items():
-            try:
-                decode_samples(text)
-            except ValueError as error:
-                raise UsageError(f"key '{key}.{name}': {error}") from error
+            if not _holds_samples(text):
+                raise UsageError(f"key '{key}.{name}' holds no samples: {text[:20]!r}")
     told = [spec.shape for spec in manifest.graphs["back"].outputs if spec.name == "layer_scores"]
     count = len(manifest.detailed_layers)
     if told != ([("batch", count, 3, "reference")] if count else []):
@@ -240,6 +237,14 @@ def _check(manifest: Manifest) -> None:
             f"key 'detailed_layers' names {count} layers, which does not fit the outputs of "
             "'graphs.back'"
         )
+
+
+def _holds_samples(text: str) -> bool:
+    """Whether a text is what `fingerprints.encode_samples` writes; numpy is not imported for it."""
+    try:
+        return len(base64.b64decode(text, validate=True)) % 4 == 0
+    except ValueError:
+        return False
 
 
 def _check_roles(manifest: Manifest) -> None:
