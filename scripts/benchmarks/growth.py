@@ -206,11 +206,11 @@ def run_request(engines: Any, session: EditSession, size: Size, num_steps: int) 
 
 def measure_steps(task: dict[str, Any]) -> dict[str, Any]:
     """A whole run of so many steps: its time, its operations, and memory along it."""
+    before = product_ms()  # first, so that its memory is let go before memory is looked at
     engines, size = load(task), task["size"]
     session = EditSession(engines, ToPi(ratio=0.5, interval=5))
     for _ in run_request(engines, session, size, 6):
         pass  # an anchor and reduced steps: what a session does once
-    before = product_ms()
     gc.collect()
     held, memory = resident_bytes(), {}
     begin_peak()
