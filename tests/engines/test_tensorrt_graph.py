@@ -401,5 +401,8 @@ def test_logits_of_one_block_of_one_layer_are_kept_at_a_time(tmp_path: Path) -> 
     (stated,) = built.spec.device_memory_bytes
     logits = 24 * 4096 * 8192 * 2
     tokens = 8192 * 3072 * 2
+    # Logits are products of float32: of the keys, and of a block of queries.
+    block, keys = 24 * RTX_ROWS * 8192 * 4, 2 * tokens
     print(f"{stated / 1e6:.0f} MB; all logits of a layer are {logits / 1e6:.0f} MB")
-    assert stated < logits / 8 + 8 * tokens < logits
+    assert block == logits / 8
+    assert stated < block + keys + 8 * tokens < logits
