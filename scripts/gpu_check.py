@@ -12,8 +12,8 @@ Parts:
   environment                 GPU, driver and libraries that are there
   kernel-accuracy             the Triton scoring kernel against float64
   stack                       Qwen-Image-Edit at full width and depth on the torch backend: full,
-                              anchor and reduced steps at each rung, eager and with CUDA graphs, next
-                              to unmodified diffusers; a whole schedule, computed and run
+                              anchor and reduced steps at each rung, eager and with CUDA graphs,
+                              next to unmodified diffusers; a whole schedule, computed and run
   small-editor                the small editor's pictures in bf16, against float32 on the CPU
   kernel-speed                the kernel's time against what the GPU's products and memory allow
   compiled                    the stack's steps with compiled blocks, next to diffusers' compiled
@@ -53,9 +53,9 @@ BUDGET_SECONDS = 300
 REHEARSAL_SECONDS = 600
 # Module, function, its first argument if it has one, and seconds at most.
 PARTS: dict[str, tuple[str, str, str | None, int]] = {
-    "environment": ("environment", "environment", None, 40),
-    "kernel-accuracy": ("kernel", "kernel_accuracy", None, 45),
-    "stack": ("stack", "stack", None, 110),
+    "environment": ("environment", "environment", None, 30),
+    "kernel-accuracy": ("kernel", "kernel_accuracy", None, 35),
+    "stack": ("stack", "stack", None, 130),
     "small-editor": ("small", "small_torch", None, 45),
     "kernel-speed": ("kernel", "kernel_speed", None, 30),
     "compiled": ("stack", "compiled", None, 150),

@@ -11,9 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 NO_GPU = "no CUDA device"
-_DIFFUSERS = (
-    "diffusers is not installed: carry its wheel to this machine, or pip install diffusers"
-)
+_DIFFUSERS = "diffusers is not installed: carry its wheel to this machine, or pip install diffusers"
 # What a part leaves of its time, to write its last line.
 _MARGIN_SECONDS = 3.0
 
@@ -132,8 +130,8 @@ def outcome_of(lines: Iterable[str], otherwise: str) -> dict[str, Any]:
             _merge(document, json.loads(line))
         except json.JSONDecodeError:
             break
-    checks, measured = document["checks"], document["measured"]
-    reason, broken = document["reason"], [name for name in checks if checks[name] is not True]
+    checks, reason = document["checks"], document["reason"]
+    broken = [name for name in checks if checks[name] is not True]
     if document["end"] == "skipped":
         return {"status": "skipped", "reason": reason}
     if document["end"] == "done":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -45,10 +46,8 @@ def run_apart(name: str, seconds: float, options: list[str], folder: Path) -> di
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End what is left of a part's group."""
-    try:
+    with contextlib.suppress(ProcessLookupError):  # nothing is
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # nothing is
     process.wait()
 
 

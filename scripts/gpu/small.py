@@ -1,4 +1,4 @@
-"""The small editor's pictures: on the torch backend and on engine sets, against float32 on the CPU."""
+"""The small editor's pictures on the torch backend and on engine sets, against float32."""
 
 from __future__ import annotations
 

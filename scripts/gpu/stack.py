@@ -24,8 +24,9 @@ from gpu.steps import (
     Rates,
     ReducedSteps,
     is_finite,
+    measure_main,
     measure_rates,
-    measure_reduced,
+    measure_rungs,
     note_schedules,
     relative_error,
     run_plain,
@@ -95,68 +96,52 @@ def open_stack(context: Context) -> Stack:
 
 
 def stack(context: Context) -> None:
-    """Eager steps, a measured run, then CUDA graphs."""
+    """Eager steps, a measured run, then CUDA graphs; three references after one."""
     opened = open_stack(context)
-    cases = opened.cases()
-    eager: dict[str, tuple[Bench, Tensor]] = {}
-    for case in cases:
+    plains = []
+    for case in opened.cases():
         plain, expected, bound = measure_plain(opened, case, "diffusers, eager")
-        engines = torch_engines_of(opened.model, context)
-        bench = measure_engines(opened, case, engines, "eager", plain)
-        found = ReducedSteps(engines, case).full()
-        check_same(bench, "diffusers", found, expected, bound)
-        eager[case.name] = plain, found
-        if case.references == 1:
-            measure_run(bench, ReducedSteps(engines, case), plain, PlainSteps(opened.model, case))
-    for case in cases:
-        plain, expected = eager[case.name]
-        if not context.has_time(f"{case.name}, CUDA graphs", 5):
-            continue
-        engines = torch_engines_of(opened.model, context, cuda_graphs=NUM_GRAPHS)
-        bench = measure_engines(opened, case, engines, "CUDA graphs", plain)
-        steps = ReducedSteps(engines, case)
-        check_same(bench, "eager", steps.full(), expected, LARGEST_ERROR)
-        if case.references == 1:
-            measure_run(bench, steps, plain)
+        plains.append((plain, case))
+        steps = ReducedSteps(torch_engines_of(opened.model, context), case)
+        found = measure_mode(opened, steps, "eager", plain, ("diffusers", expected, bound))
+        if context.has_time(f"{case.name}, CUDA graphs", 5):
+            engines = torch_engines_of(opened.model, context, cuda_graphs=NUM_GRAPHS)
+            referee = "eager", found, LARGEST_ERROR
+            measure_mode(opened, ReducedSteps(engines, case), "CUDA graphs", plain, referee)
+            del engines
+    if not context.is_quick:
+        measure_plain_run(opened, *plains[0])
 
 
 def compiled(context: Context) -> None:
     """Steps with compiled blocks, and with CUDA graphs of them; diffusers' blocks compiled."""
     opened = open_stack(context)
-    cases = opened.cases()
     engines = torch_engines_of(opened.model, context, compile="blocks")
-    done: dict[str, tuple[Bench, Tensor]] = {}
-    for case in cases:
+    for case in opened.cases():
+        if not context.has_time(f"{case.name}", 5):
+            break
         _, expected, bound = measure_plain(opened, case, "diffusers, eager")
-        bench = measure_engines(opened, case, engines, "compiled", None)
-        found = ReducedSteps(engines, case).full()
-        check_same(bench, "diffusers", found, expected, bound)
-        bench.note(graphs_compiled=_graphs_compiled())
-        done[case.name] = bench, found
-        if case.references > 1 or not context.has_time("compiled, CUDA graphs", 10):
-            continue
-        graphed = torch_engines_of(
-            opened.model, context, compile="blocks", cuda_graphs=NUM_GRAPHS
-        )
-        bench = measure_engines(opened, case, graphed, "compiled, CUDA graphs", None)
-        check_same(bench, "compiled", ReducedSteps(graphed, case).full(), found, LARGEST_ERROR)
-        del graphed
-    opened.model.compile_repeated_blocks(fullgraph=True)
-    for case in cases:
-        if not context.has_time(f"{case.name}, diffusers, compiled", 10):
-            continue
-        plain, _, _ = measure_plain(opened, case, "diffusers, compiled")
-        note_schedules(done[case.name][0], _rungs(opened, case), plain.times.get("full"))
+        steps, referee = ReducedSteps(engines, case), ("diffusers", expected, bound)
+        found = measure_mode(opened, steps, "compiled", None, referee)
+        context.record.note(case.name, "compiled", graphs_compiled=_graphs_compiled())
+        if context.has_time(f"{case.name}, diffusers, compiled", 10):
+            opened.model.compile_repeated_blocks(fullgraph=True)
+            measure_plain(opened, case, "diffusers, compiled")
+            for block in opened.model.transformer_blocks:
+                block._compiled_call_impl = None
+        if case.references == 1 and context.has_time("compiled, CUDA graphs", 10):
+            graphed = torch_engines_of(
+                opened.model, context, compile="blocks", cuda_graphs=NUM_GRAPHS
+            )
+            steps, referee = ReducedSteps(graphed, case), ("compiled", found, LARGEST_ERROR)
+            measure_mode(opened, steps, "compiled, CUDA graphs", None, referee)
+            del graphed, steps
 
 
 def _graphs_compiled() -> int:
     from torch._dynamo.utils import counters
 
     return int(counters["stats"]["unique_graphs"])
-
-
-def _rungs(opened: Stack, case: Case) -> list[int]:
-    return rungs_of(case.num_reference, opened.context.is_quick)
 
 
 def measure_plain(opened: Stack, case: Case, mode: str) -> tuple[Bench, Tensor, float]:
@@ -185,53 +170,71 @@ def measure_plain(opened: Stack, case: Case, mode: str) -> tuple[Bench, Tensor, 
     return bench, velocity, max(LARGEST_ERROR, 3 * error)
 
 
-def measure_engines(
-    opened: Stack, case: Case, engines: Any, mode: str, plain: Bench | None
-) -> Bench:
-    """Every step of the torch backend in one mode, and what they make of a schedule."""
-    bench, rungs = opened.bench(case, mode), _rungs(opened, case)
-    bench.note(choice=engines.choice)
-    measure_reduced(bench, ReducedSteps(engines, case), rungs)
-    bench.note(memory=peak_gb(opened.context.device))
-    note_schedules(bench, rungs, plain.times.get("full") if plain else None)
-    if plain is not None and {"full"} <= set(bench.times) & set(plain.times):
-        ratio = plain.times["full"] / bench.times["full"]
-        bench.note(full_step_over_diffusers=round(ratio, 3))
-    return bench
+def measure_mode(
+    opened: Stack,
+    steps: ReducedSteps,
+    mode: str,
+    plain: Bench | None,
+    referee: tuple[str, Tensor, float],
+) -> Tensor:
+    """Every step of the torch backend in one mode, and what they make of a schedule.
+
+    Args:
+        opened: what it works on.
+        steps: of one case, in this mode.
+        mode: its name.
+        plain: of unmodified diffusers; none where no schedule is to be run.
+        referee: whose velocity at the full context has to come out, that, and the largest error.
+
+    Returns:
+        the velocity at the full context.
+    """
+    context, case = opened.context, steps.case
+    bench, rungs = opened.bench(case, mode), rungs_of(case, opened.context.is_quick)
+    bench.note(choice=steps.engines.choice)
+    measure_main(bench, steps, rungs[len(rungs) // 2 - 1])
+    found = steps.full()
+    check_same(bench, found, *referee)
+    plain_ms = plain.times.get("full") if plain else None
+    if plain_ms is not None and "full" in bench.times:
+        bench.note(full_step_over_diffusers=round(plain_ms / bench.times["full"], 3))
+    note_schedules(bench, rungs, plain_ms)
+    measure_rungs(bench, steps, rungs)
+    note_schedules(bench, rungs, plain_ms)
+    if plain is not None and case.references == 1:
+        measure_run(bench, steps, plain_ms)
+    bench.note(memory=peak_gb(context.device))
+    return found
 
 
-def check_same(bench: Bench, whose: str, found: Tensor, expected: Tensor, bound: float) -> None:
+def check_same(bench: Bench, found: Tensor, whose: str, expected: Tensor, bound: float) -> None:
     """Check a velocity against another way's."""
     error = relative_error(found, expected)
     bench.note(errors={whose: error}, largest_error=bound)
     bench.check(f"full context gives the velocity of {whose}", error <= bound)
 
 
-def measure_run(
-    bench: Bench, steps: ReducedSteps, plain: Bench, baseline: PlainSteps | None = None
-) -> None:
-    """Run a whole schedule; then, where `baseline` is given, unmodified diffusers' too."""
-    context, times = bench.context, bench.times
-    likely = 1.3 * STEPS * max(times.values(), default=0.0) / 1e3
-    if not context.has_time(f"{bench.case}, {bench.mode}: a measured run", likely):
+def measure_run(bench: Bench, steps: ReducedSteps, plain_ms: float | None) -> None:
+    """Run a whole schedule."""
+    likely = 1.3 * STEPS * max(bench.times.values(), default=0.0) / 1e3
+    if not bench.context.has_time(f"{bench.case}, {bench.mode}: a measured run", likely):
         return
-    seconds, report = seconds_of(lambda: steps.run(RUN_SHARE), context.device)
+    seconds, report = seconds_of(lambda: steps.run(RUN_SHARE), bench.context.device)
     roles = [record.role for record in report.steps]
     kept = {record.num_kept for record in report.steps if record.role == "reduced"}
-    bench.check(
-        "a run has its anchors and reduced steps",
-        roles.count("anchor") == STEPS // INTERVAL and roles.count("reduced") == STEPS - STEPS // INTERVAL,
-    )
+    anchors = STEPS // INTERVAL
+    held = (roles.count("anchor"), roles.count("reduced")) == (anchors, STEPS - anchors)
+    bench.check("a run has its anchors and reduced steps", held)
     found = {"share": RUN_SHARE, "kept": sorted(kept), "seconds": round(seconds, 3)}
-    if "full" in plain.times:
-        found["speedup_over_diffusers_steps"] = round(
-            STEPS * plain.times["full"] / 1e3 / seconds, 3
-        )
+    if plain_ms is not None:
+        found["speedup_over_diffusers"] = round(STEPS * plain_ms / 1e3 / seconds, 3)
     bench.note(run=found)
-    likely = 1.3 * STEPS * plain.times.get("full", 0.0) / 1e3
-    what = f"{bench.case}, diffusers, eager: a measured run"
-    if baseline is None or context.is_quick or not context.has_time(what, likely):
-        return
-    whole, _ = seconds_of(lambda: run_plain(baseline), context.device)
-    plain.note(run={"seconds": round(whole, 3)})
-    bench.note(run={"speedup_over_diffusers_run": round(whole / seconds, 3)})
+
+
+def measure_plain_run(opened: Stack, plain: Bench, case: Case) -> None:
+    """Run the same schedule on unmodified diffusers, whose single steps were measured."""
+    likely = 1.2 * STEPS * plain.times.get("full", 0.0) / 1e3
+    if opened.context.has_time(f"{plain.case}, {plain.mode}: a measured run", likely):
+        steps = PlainSteps(opened.model, case)
+        seconds, _ = seconds_of(lambda: run_plain(steps), opened.context.device)
+        plain.note(run={"seconds": round(seconds, 3)})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,17 +63,21 @@ def torch_engines_of(
     from ditrim.engines.backends.torch.cuda_graphs import CudaGraphs
     from ditrim.engines.backends.torch.engines import torch_engines
 
-    engines = torch_engines(model, model=FAMILY, compile=compile, cuda_graphs=cuda_graphs)
+    # Kept counts are not rounded here: each step has the length that its name says.
+    engines = torch_engines(
+        model, model=FAMILY, compile=compile, cuda_graphs=cuda_graphs, granularity=1
+    )
     if cuda_graphs and context.is_rehearsal:
         engines._graphs = CudaGraphs(cuda_graphs, capture=lambda run: run)
     return engines
 
 
-def rungs_of(length: int, is_quick: bool) -> list[int]:
+def rungs_of(case: Case, is_quick: bool) -> list[int]:
     """Kept counts that are measured: even parts of the references, the last is all of them."""
     from ditrim.engines.sets.ladder import Ladder
 
-    return list(Ladder.even(length, num_rungs=2 if is_quick else NUM_RUNGS).rungs)
+    number = NUM_RUNGS if case.references == 1 else NUM_RUNGS // 2  # long ones take their time
+    return list(Ladder.even(case.num_reference, num_rungs=2 if is_quick else number).rungs)
 
 
 @dataclass
@@ -247,13 +250,13 @@ class Bench:
 
     def step(self, name: str, run: Callable[[], Any], flops: int | None = None) -> float | None:
         """Time a step, if there is time for it; its milliseconds."""
-        context, likely = self.context, 8 * max(self.times.values(), default=0.0) / 1e3
+        context, likely = self.context, 7 * max(self.times.values(), default=0.0) / 1e3
         if not context.has_time(f"{self.case}, {self.mode}: {name}", likely):
             return None
-        start = time.monotonic()
-        run()  # sets itself up: compiles, captures
-        first, repeats = time.monotonic() - start, 3 if context.is_quick else 5
-        found: dict[str, Any] = times_of(run, context.device, repeats, warm_ups=1)
+        first, _ = seconds_of(run, context.device)  # compiles, captures
+        repeats = 3 if context.is_quick or likely > 5 else 5
+        repeats = 1 if context.is_rehearsal else repeats
+        found: dict[str, Any] = times_of(run, context.device, repeats, warm_ups=0)
         found["first_call_s"] = round(first, 2)
         if flops is not None:
             found |= {"flops": flops} | self.rates.shares(flops, found["median_ms"])
@@ -270,26 +273,27 @@ class Bench:
         self.context.record.check(f"{self.case}, {self.mode}: {name}", held)
 
 
-def measure_reduced(bench: Bench, steps: ReducedSteps, rungs: list[int]) -> None:
-    """Every step of one way: full, anchor, each rung; what scoring and selection cost."""
-    context, full = bench.context, steps.case.num_reference
-    num_noisy = steps.case.inputs.noisy_latents.shape[1]
+def measure_main(bench: Bench, steps: ReducedSteps, half: int) -> None:
+    """The steps that matter most: full, half of the references, anchor; and what scoring costs."""
+    full, num_noisy = steps.case.num_reference, steps.case.inputs.noisy_latents.shape[1]
     bench.step("full", steps.full, steps.flops(full))
-    half = min(rungs, key=lambda rung: abs(rung - full / 2))
     _measure_rung(bench, steps, half)
-    bench.step("anchor", steps.anchor, steps.flops(full, rows=num_noisy))
-    if "anchor" in bench.times:
+    if bench.step("anchor", steps.anchor, steps.flops(full, rows=num_noisy)) is not None:
         result = steps.anchor()
         found = float(result.influence.sum())
         bench.check("anchor is finite and scores", is_finite(result.velocity) and found > 0)
         _measure_selection(bench, steps, result.influence)
-    for rung in rungs:
-        if rung not in (half, full):
-            _measure_rung(bench, steps, rung)
-    bench.step("front", steps.front)
-    if {"full", f"reduced {half}"} <= set(bench.times) and not context.is_rehearsal:
+    if {"full", f"reduced {half}"} <= set(bench.times) and not bench.context.is_rehearsal:
         is_faster = bench.times[f"reduced {half}"] < bench.times["full"]
         bench.check("half of the references are faster than all", is_faster)
+
+
+def measure_rungs(bench: Bench, steps: ReducedSteps, rungs: list[int]) -> None:
+    """Reduced steps at the other rungs, and FRONT alone."""
+    bench.step("front", steps.front)
+    for rung in rungs[:-1]:
+        if f"reduced {rung}" not in bench.times:
+            _measure_rung(bench, steps, rung)
 
 
 def _measure_rung(bench: Bench, steps: ReducedSteps, rung: int) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 _STACKS = ("stack", "compiled")
+STEPS = 40  # of a schedule; this module imports neither torch nor what does
 
 
 def tables_of(parts: Mapping[str, Any]) -> str:
@@ -57,6 +58,8 @@ def _case(case: str, modes: Mapping[str, Any]) -> Iterator[str]:
             [rung, *(_schedule(mode.get("schedules", {}).get(rung)) for mode in modes.values())]
             for rung in sorted(kept, key=int)
         ]
+        whole = [_whole(mode["steps"].get("full")) for mode in modes.values()]
+        rows += [["all of them", *whole]]
         rows += [["measured run", *(_run(mode.get("run")) for mode in modes.values())]]
         heading = f"{case}: seconds of a schedule at so many kept tokens (x own full steps)"
         yield f"{heading}\n" + _aligned(["kept", *modes], rows)
@@ -78,6 +81,10 @@ def _schedule(found: Mapping[str, Any] | None) -> str:
     if found is None:
         return ""
     return f"{found['seconds']:.2f} (x{found['speedup_over_full_steps']:.2f})"
+
+
+def _whole(full: Mapping[str, Any] | None) -> str:
+    return "" if full is None else f"{STEPS * full['median_ms'] / 1e3:.2f}"
 
 
 def _run(found: Mapping[str, Any] | None) -> str:
