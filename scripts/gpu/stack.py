@@ -190,7 +190,7 @@ def measure_mode(
         the velocity at the full context.
     """
     context, case = opened.context, steps.case
-    bench, rungs = opened.bench(case, mode), rungs_of(case, opened.context.is_quick)
+    bench, rungs = opened.bench(case, mode), rungs_of(case, opened.context)
     bench.note(choice=steps.engines.choice)
     measure_main(bench, steps, rungs[len(rungs) // 2 - 1])
     found = steps.full()

@@ -72,12 +72,13 @@ def torch_engines_of(
     return engines
 
 
-def rungs_of(case: Case, is_quick: bool) -> list[int]:
+def rungs_of(case: Case, context: Context) -> list[int]:
     """Kept counts that are measured: even parts of the references, the last is all of them."""
     from ditrim.engines.sets.ladder import Ladder
 
     number = NUM_RUNGS if case.references == 1 else NUM_RUNGS // 2  # long ones take their time
-    return list(Ladder.even(case.num_reference, num_rungs=2 if is_quick else number).rungs)
+    number = 2 if context.is_quick else number // 2 if context.is_rehearsal else number
+    return list(Ladder.even(case.num_reference, num_rungs=number).rungs)
 
 
 @dataclass
