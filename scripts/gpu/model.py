@@ -155,8 +155,9 @@ class Case:
 
 def case_of(size: Size, model: Any, references: int, device: str) -> Case:
     """An edit with so many references, drawn at random."""
+    from ditrim.plugins.layout import Layout
     from ditrim.runtime.denoising.inputs import ModelInputs
-    from ditrim.runtime.denoising.rope import qwen_rope
+    from ditrim.runtime.denoising.rope import rope_for
 
     generator = torch.Generator(device).manual_seed(1)
 
@@ -166,13 +167,14 @@ def case_of(size: Size, model: Any, references: int, device: str) -> Case:
 
     config, num_text = model.config, size.text[references]
     grids = [(1, *size.noisy), *references * [(1, *size.reference)]]
+    layout, axes = Layout.of_frames(grids), config.axes_dims_rope
     inputs = ModelInputs(
         noisy_latents=draw(size.num_noisy, config.in_channels),
         reference_latents=draw(size.num_reference(references), config.in_channels),
         text_embeds=draw(num_text, config.joint_attention_dim),
         timestep=torch.full((1,), 0.7, device=device),
-        grids=tuple(grid[1:] for grid in grids),
+        layout=layout,
         rope_key=(tuple(grids), num_text),
-        make_rope=lambda: qwen_rope(grids, num_text, config.axes_dims_rope, torch.device(device)),
+        make_rope=lambda: rope_for("qwen", layout, num_text, axes, torch.device(device)),
     )
     return Case(inputs, grids, references)

@@ -19,7 +19,7 @@ def small_torch(context: Context) -> None:
     """The torch backend in bf16 on the device."""
     torch = need_gpu(context)
     need("diffusers")
-    from ditrim.engines.backends.torch.engines import torch_engines
+    from ditrim.engines.live import torch_engines
     from ditrim.runtime.small_editor import load_small_pipeline
 
     pipe = load_small_pipeline().to(context.device, torch.bfloat16)
@@ -88,7 +88,7 @@ def compare_pictures(
         precision: decides how near the pictures have to be.
         place: where the figures go in the document.
     """
-    from ditrim.engines.backends.torch.engines import torch_engines
+    from ditrim.engines.live import torch_engines
     from ditrim.runtime.small_editor import load_small_pipeline
 
     record = context.record

@@ -189,9 +189,20 @@ def measure_mode(
     Returns:
         the velocity at the full context.
     """
-    context, case = opened.context, steps.case
-    bench, rungs = opened.bench(case, mode), rungs_of(case, opened.context)
+    bench = opened.bench(steps.case, mode)
     bench.note(choice=steps.engines.choice)
+    steps.engines.hold()  # as an attachment does
+    try:
+        return _measure_mode(bench, steps, plain, referee)
+    finally:
+        steps.engines.release()
+
+
+def _measure_mode(
+    bench: Bench, steps: ReducedSteps, plain: Bench | None, referee: tuple[str, Tensor, float]
+) -> Tensor:
+    context, case = bench.context, steps.case
+    rungs = rungs_of(case, context)
     measure_main(bench, steps, rungs[len(rungs) // 2 - 1])
     found = steps.full()
     check_same(bench, found, *referee)

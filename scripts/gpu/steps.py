@@ -61,12 +61,11 @@ def torch_engines_of(
 ) -> Any:
     """The torch backend over a model; a rehearsal repeats calls in place of capturing them."""
     from ditrim.engines.backends.torch.cuda_graphs import CudaGraphs
-    from ditrim.engines.backends.torch.engines import torch_engines
+    from ditrim.engines.live import torch_engines
 
     # Kept counts are not rounded here: each step has the length that its name says.
-    engines = torch_engines(
-        model, model=FAMILY, compile=compile, cuda_graphs=cuda_graphs, granularity=1
-    )
+    asked = 0 if context.is_rehearsal else cuda_graphs
+    engines = torch_engines(model, model=FAMILY, compile=compile, cuda_graphs=asked, granularity=1)
     if cuda_graphs and context.is_rehearsal:
         engines._graphs = CudaGraphs(cuda_graphs, capture=lambda run: run)
     return engines
@@ -101,7 +100,7 @@ class PlainSteps:
     @property
     def flops(self) -> int:
         """Operations of a step: no block leaves rows out."""
-        from ditrim.engines.cost.flops import CallSize, block_products, embedding_products
+        from ditrim.engines.cost.flops import CallSize, graph_products
 
         config, inputs = dict(self.model.config), self.case.inputs
         noisy, width = inputs.noisy_latents.shape[1], self.model.inner_dim
@@ -110,9 +109,8 @@ class PlainSteps:
             num_reference=self.case.num_reference,
             num_text=inputs.text_embeds.shape[1],
         )
-        products = embedding_products(config, "qwen", size)
-        for layer in range(self.model.config.num_layers):
-            products += block_products(config, "qwen", layer, size)
+        layers = range(self.model.config.num_layers)
+        products = graph_products(config, "qwen", layers, size, "front")
         channels = self.model.proj_out.out_features
         output = 2 * (noisy + self.case.num_reference) * width * channels
         return output + sum(product.flops for product in products)
