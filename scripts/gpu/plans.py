@@ -25,7 +25,7 @@ def need_library(backend: str, context: Context) -> None:
         raise CannotRunError("plans cannot be rehearsed without a GPU")
     if backend == "tensorrt-rtx":
         need_served(torch.cuda.get_device_capability())
-    need("diffusers", "polygraphy", backend.replace("-", "_"))
+    need("diffusers", "pydantic", "polygraphy", backend.replace("-", "_"))
     from ditrim.engines.backends.tensorrt.library import open_library
 
     open_library(backend)

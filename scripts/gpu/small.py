@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from typing import Any
@@ -19,11 +20,10 @@ def small_torch(context: Context) -> None:
     """The torch backend in bf16 on the device."""
     torch = need_gpu(context)
     need("diffusers")
-    from ditrim.engines.live import torch_engines
     from ditrim.runtime.small_editor import load_small_pipeline
 
     pipe = load_small_pipeline().to(context.device, torch.bfloat16)
-    engines = torch_engines(pipe, granularity=GRANULARITY)
+    engines = _engines_of(pipe)
     compare_pictures(context, pipe, engines, "bf16", ())
     plain = _pictures(context, pipe)
     with _attached(pipe, engines, _policies()["full context"]):
@@ -37,7 +37,7 @@ def small_torch(context: Context) -> None:
 def onnxruntime_cuda(context: Context) -> None:
     """ONNX Runtime's CUDA provider; a rehearsal takes its CPU provider."""
     need_gpu(context)
-    need("diffusers", "onnxruntime")
+    need("diffusers", "onnxruntime", "pydantic")
     import onnxruntime
 
     providers = onnxruntime.get_available_providers()
@@ -88,13 +88,12 @@ def compare_pictures(
         precision: decides how near the pictures have to be.
         place: where the figures go in the document.
     """
-    from ditrim.engines.live import torch_engines
     from ditrim.runtime.small_editor import load_small_pipeline
 
     record = context.record
     record.note(*place, choice=engines.choice)
     referee = load_small_pipeline()
-    exact = torch_engines(referee, granularity=GRANULARITY)
+    exact = _engines_of(referee)
     for name, policy in _policies().items():
         # At the full context nothing of this project has a part in what is right.
         if name == "full context":
@@ -114,6 +113,25 @@ def compare_pictures(
             least = LEAST_PSNR_DB[precision]
             held = min(values) >= least
             record.check(f"{precision} full context: at least {least:g} dB", held)
+
+
+def _engines_of(pipe: Any) -> Any:
+    """The torch backend of the small editor.
+
+    Its calibration is read here: what reads files for the project needs pydantic, which a machine
+    with torch and this checkout lacks.
+    """
+    from ditrim.engines.live import torch_engines
+    from ditrim.engines.presets import small_editor_folder
+
+    measured = json.loads((small_editor_folder() / "calibration.json").read_text())
+    return torch_engines(
+        pipe.transformer,
+        model="qwen-edit",
+        front_depth=measured["front_depth"],
+        layers=measured["representative_layers"],
+        granularity=GRANULARITY,
+    )
 
 
 def _policies() -> dict[str, Any]:
