@@ -53,11 +53,11 @@ BUDGET_SECONDS = 300
 REHEARSAL_SECONDS = 600
 # Module, function, its first argument if it has one, and seconds at most.
 PARTS: dict[str, tuple[str, str, str | None, int]] = {
-    "environment": ("environment", "environment", None, 30),
+    "environment": ("environment", "environment", None, 45),
     "kernel-accuracy": ("kernel", "kernel_accuracy", None, 35),
-    "stack": ("stack", "stack", None, 130),
-    "small-editor": ("small", "small_torch", None, 45),
-    "kernel-speed": ("kernel", "kernel_speed", None, 30),
+    "stack": ("stack", "stack", None, 125),
+    "small-editor": ("small", "small_torch", None, 40),
+    "kernel-speed": ("kernel", "kernel_speed", None, 25),
     "compiled": ("stack", "compiled", None, 150),
     "onnxruntime-cuda": ("small", "onnxruntime_cuda", None, 150),
     "tensorrt-rtx": ("plans", "small_plans", "tensorrt-rtx", 240),

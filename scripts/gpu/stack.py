@@ -6,6 +6,7 @@ is worth most is measured first, so that a part that is stopped has it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,10 +75,10 @@ def open_stack(context: Context) -> Stack:
     need_gpu(context)
     need("diffusers")
     device, size = context.device, toy_size() if context.is_rehearsal else full_size()
-    rates = measure_rates(context)
     layers = size.layers
     if device == "cuda":
         layers = fitting_layers(size, torch.cuda.mem_get_info()[0])
+    rates = measure_rates(context)
     seconds, model = seconds_of(lambda: random_model(size, layers, device), device)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     context.record.note(
@@ -230,6 +231,8 @@ def measure_run(bench: Bench, steps: ReducedSteps, plain_ms: float | None) -> No
     likely = 1.3 * STEPS * max(bench.times.values(), default=0.0) / 1e3
     if not bench.context.has_time(f"{bench.case}, {bench.mode}: a measured run", likely):
         return
+    steps.anchor()  # so that no graph is captured in the run
+    steps.reduced(math.ceil(RUN_SHARE * steps.case.num_reference))()
     seconds, report = seconds_of(lambda: steps.run(RUN_SHARE), bench.context.device)
     roles = [record.role for record in report.steps]
     kept = {record.num_kept for record in report.steps if record.role == "reduced"}
