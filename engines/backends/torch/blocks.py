@@ -14,7 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditrim.engines.backends.torch.scoring import can_use_kernel, score_with_kernel
+from ditrim.engines.backends.torch.scoring import (
+    can_use_kernel,
+    score_in_blocks,
+    score_with_kernel,
+)
 from ditrim.plugins.architectures import ARCHITECTURES
 from ditrim.plugins.architectures.architecture import BlockList
 from ditrim.plugins.architectures.transformers import architecture_of
@@ -152,6 +156,7 @@ def call_block(
     """
     known = ARCHITECTURES[architecture]
     role = "plain" if score_rows is None else "score"
+    width = 2 * rope_cos.shape[-1]  # of a head
     context = JointContext(
         rope_cos=rope_cos,
         rope_sin=rope_sin,
@@ -159,7 +164,7 @@ def call_block(
         num_noisy=num_noisy,
         score_rows=score_rows,
         processor=known.processor(role, has_noisy_queries=noisy_only is not None),
-        score=score_with_kernel if can_use_kernel(hidden, 2 * rope_cos.shape[-1]) else None,
+        score=score_with_kernel if can_use_kernel(hidden, width) else score_in_blocks,
     )
     if noisy_only is None:
         arguments = known.live_arguments(hidden, text, temb, context, reference_temb)

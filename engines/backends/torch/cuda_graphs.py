@@ -48,14 +48,15 @@ def state_of(transformer: nn.Module) -> object:
     for module in transformer.modules():
         facts.append(id(module))
         facts += [_place(tensor) for tensor in module._parameters.values() if tensor is not None]
-        if hasattr(module, "active_adapters") and hasattr(module, "scaling"):  # peft's layers
+        own, kind = vars(module), type(module)  # asking a module for what it lacks is slow
+        if hasattr(kind, "active_adapters") and hasattr(module, "scaling"):  # peft's layers
             facts += [
                 tuple(module.active_adapters),
                 tuple(sorted(module.scaling.items())),
                 tuple(getattr(module, "merged_adapters", ())),
                 bool(getattr(module, "disable_adapters", False)),
             ]
-        processor = getattr(module, "processor", None)
+        processor = own.get("processor")
         if processor is not None:
             facts.append(str(getattr(processor, "_attention_backend", None)))
     return tuple(facts)

@@ -50,6 +50,21 @@ def score_with_kernel(
     )
 
 
+@torch.library.custom_op("ditrim::influence_in_blocks", mutates_args=())
+def score_in_blocks(
+    queries: Tensor,
+    keys: Tensor,
+    reference_keys: Tensor,
+    reference_values: Tensor,
+    scale: float,
+) -> Tensor:
+    """The same without the kernel; a compiled block would unroll its loop over rows."""
+    from ditrim.plugins.log_sum_exp import influence
+
+    return influence(queries, keys, reference_keys, reference_values, scale)
+
+
+@score_in_blocks.register_fake
 @score_with_kernel.register_fake
 def _(
     queries: Tensor,
