@@ -16,7 +16,7 @@ class Engines(Protocol):
 
     @property
     def engine_set(self) -> EngineSet:
-        """What was loaded."""
+        """The engine set that was loaded."""
         ...
 
     @property

@@ -82,7 +82,7 @@ class _Kind:
 
     @property
     def is_scored(self) -> bool:
-        """Whether it takes `score_rows`."""
+        """Whether the block takes `score_rows`."""
         return self.role != "plain"
 
     @property

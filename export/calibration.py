@@ -132,7 +132,7 @@ class Calibration:
     seed: int
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return the calibration as JSON-ready values."""
         return {
             "model": self.model,
             "front_depth": self.front_depth,

@@ -437,7 +437,7 @@ def _check_shapes(
 
 
 def _finite(tensor: Tensor, where: str) -> Tensor:
-    """A tensor in float32."""
+    """Return the tensor in float32; raise where a value is not finite."""
     import torch
 
     values = tensor.to(torch.float32)

@@ -55,7 +55,7 @@ class SplitPoint:
 
     @property
     def back_layers(self) -> tuple[int, ...]:
-        """All layers of BACK."""
+        """Indices of BACK's layers: [K, N)."""
         return tuple(range(self.front_depth, self.num_layers))
 
     def scoring_roles(self, *, scored: bool = True, detailed: bool = False) -> dict[int, str]:

@@ -69,7 +69,7 @@ class Layout:
 
     @property
     def num_noisy(self) -> int:
-        """G."""
+        """Number of noisy tokens, G."""
         return self.noisy[0] * self.noisy[1]
 
     @property

@@ -85,7 +85,7 @@ class RunReport:
 
     @property
     def back_calls(self) -> int:
-        """Calls that ran BACK."""
+        """Number of calls that ran BACK."""
         return len(self.steps) - len(self.of_role("reuse"))
 
     @property

@@ -203,7 +203,7 @@ class EngineTransformer(nn.Module):
 
     @property
     def config(self) -> FrozenDict:
-        """The transformer's configuration."""
+        """The configuration of the transformer that the engines replace."""
         return self._internal_dict
 
     @property

@@ -56,7 +56,7 @@ def call_view(*, with_features: bool) -> CallView:
 
 
 def step_view() -> StepView:
-    """A finished step."""
+    """Return a finished step of random values at the benchmark's size."""
     generator = torch.Generator().manual_seed(1)
 
     def noise(count: int) -> torch.Tensor:

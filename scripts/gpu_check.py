@@ -90,7 +90,7 @@ def need(*modules: str) -> None:
 
 
 def need_gpu() -> Any:
-    """torch, with a GPU."""
+    """Return torch; raise where it is missing or finds no GPU."""
     need("torch")
     import torch
 
@@ -130,7 +130,7 @@ def psnr(first: Any, second: Any) -> float:
 
 
 def environment(context: Context) -> dict[str, Any]:
-    """What is there."""
+    """Report versions, machine and GPU."""
     versions = {}
     for name in DISTRIBUTIONS:
         try:
@@ -372,7 +372,7 @@ def small_editor(context: Context, backend: str, precision: str) -> tuple[dict[s
 
 
 def onnxruntime_cuda(context: Context) -> dict[str, Any]:
-    """ONNX Runtime's CUDA provider."""
+    """Run the small editor with ONNX Runtime's CUDA provider."""
     need_gpu()
     need("diffusers", "onnxruntime")
     import onnxruntime

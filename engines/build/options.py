@@ -368,7 +368,7 @@ class BuildOptions:
 
     @property
     def family(self) -> Family:
-        """The model family."""
+        """The model family that `model` names."""
         return family_named(self.model)
 
     @property

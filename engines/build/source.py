@@ -414,7 +414,7 @@ def describe(
     prints: Mapping[str, Mapping[str, Any]],
     loras: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """The manifest's `source`."""
+    """Return what the manifest's `source` holds: where weights came from, and their hashes."""
     return {
         "kind": source.kind,
         "location": source.location,

@@ -36,7 +36,7 @@ class Cost:
 
     @property
     def num_bytes(self) -> int:
-        """All that is moved."""
+        """Weight and activation traffic, bytes."""
         return self.weight_bytes + self.activation_bytes
 
     def __add__(self, other: Cost) -> Cost:
@@ -206,7 +206,7 @@ class BlockFlops:
 
     @property
     def total(self) -> int:
-        """Of the block."""
+        """Operations of the whole block."""
         return self.attention + self.image + self.text
 
 

@@ -90,7 +90,7 @@ class Need:
 
     @property
     def total(self) -> int:
-        """At the highest moment."""
+        """Peak device memory, bytes."""
         phases = max(self.denoising, self.text, self.pictures)
         return self.engines + self.companions + phases + self.reserve
 
@@ -311,7 +311,7 @@ class _Figures:
 
     @property
     def size(self) -> CallSize:
-        """The largest call."""
+        """The token counts and batch of the largest call."""
         options = self.options
         return CallSize(
             num_noisy=options.limits.noisy,
@@ -356,7 +356,7 @@ class _Figures:
         )
 
     def disk_bytes(self) -> int:
-        """Of the finished set."""
+        """Disk space of the finished engine set, bytes."""
         if self.options.graph_only or self.options.weights_stripped:
             # Graphs point into the checkpoint's own files, which cost nothing where linked.
             kernels = sum(plan.file_bytes - plan.weights_bytes for plan in self.plans)

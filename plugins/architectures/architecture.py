@@ -142,7 +142,7 @@ class Companion:
 
     @property
     def weights_bytes(self) -> int:
-        """In a 16-bit type."""
+        """Memory of the weights in a 16-bit type, bytes."""
         return 2 * self.num_parameters
 
 

@@ -20,7 +20,7 @@ class Unchanged(Generic[T]):
     """
 
     def __init__(self, make: Callable[..., T]) -> None:
-        """Remember results of `make`."""
+        """Take the function whose latest result is remembered."""
         self._make = make
         self._given: tuple[Any, ...] | None = None
         self._versions: tuple[Any, ...] = ()

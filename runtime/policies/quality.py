@@ -118,7 +118,7 @@ class QualityModel:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return the model as JSON-ready values."""
         return {
             "format": FORMAT,
             "model": self.model,

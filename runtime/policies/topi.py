@@ -170,7 +170,7 @@ class ToPi(Reducer):
         )
 
     def _layers_of(self, call: CallView) -> list[int]:
-        """Positions in `call.scored_layers`."""
+        """Return the positions in `call.scored_layers` whose scores are summed."""
         total, wanted = len(call.scored_layers), len(call.calibrated_layers)
         if self.layers == "calibrated":
             return [call.scored_layers.index(layer) for layer in call.calibrated_layers]

@@ -58,7 +58,7 @@ class Geometry:
 
     @property
     def size(self) -> CallSize:
-        """Its lengths."""
+        """The token counts and batch of a call at this geometry."""
         return CallSize(
             num_noisy=self.noisy_grid[0] * self.noisy_grid[1],
             num_reference=self.layout.num_reference,
@@ -68,12 +68,12 @@ class Geometry:
 
     @property
     def layout(self) -> Layout:
-        """Its pictures."""
+        """The token grids of the noisy picture and the references."""
         return Layout(self.noisy_grid, (self.reference_grid,) * self.num_references)
 
     @property
     def key(self) -> tuple[int, int, int, int]:
-        """As `Row.geometry`."""
+        """The tuple (batch, noisy, text, reference), as `Row.geometry` has it."""
         size = self.size
         return size.batch, size.num_noisy, size.num_text, size.num_reference
 
@@ -132,7 +132,7 @@ class Meter:
         )
 
     def clock(self) -> Clock:
-        """Of this device."""
+        """Return a clock for the engines' device."""
         return EventClock(self.engines.device) if self.is_cuda else Clock(None)
 
     @property
@@ -166,7 +166,7 @@ class Meter:
     def add(
         self, part: str, size: CallSize, num_kept: int, milliseconds: float, cost: Cost
     ) -> None:
-        """One more sample."""
+        """Add a sample of a part, with its cost."""
         key = (part, size, num_kept)
         self._costs[key] = cost
         self.rounds.add(key, milliseconds)
@@ -389,7 +389,7 @@ class _SchedulerStep:
         self._scheduler._step_index = 0
 
     def run(self) -> None:
-        """One step."""
+        """Run one scheduler step."""
         time_step = self._scheduler.timesteps[0]
         self._scheduler.step(self._velocity, time_step, self._latents, return_dict=False)
 

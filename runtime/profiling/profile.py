@@ -75,7 +75,7 @@ def median_interval(ordered: Sequence[float]) -> tuple[float, float, float]:
 
 
 def statistics_of(samples: Sequence[float]) -> Statistics:
-    """Describe samples in milliseconds."""
+    """Return median, quantiles and the median's interval of samples in milliseconds."""
     ordered = sorted(samples)
     median = quantile(ordered, 0.5)
     low, high, coverage = median_interval(ordered)
@@ -211,7 +211,7 @@ class Profile:
         return list(dict.fromkeys(row.geometry for row in self.rows if row.part != PRODUCT))
 
     def size_text(self, geometry: tuple[int, int, int, int]) -> str:
-        """A size in words."""
+        """Return a geometry in words: batch, pixels and token counts."""
         batch, noisy, text, reference = geometry
         pixels = self.settings.get("resolutions", {}).get(str(noisy))
         picture = f"{pixels} pixels ({noisy} noisy tokens)" if pixels else f"{noisy} noisy"

@@ -110,7 +110,7 @@ class ProjectedRow:
 
     @property
     def projected_ms(self) -> float:
-        """Its median."""
+        """The projected median, milliseconds."""
         return self.row.statistics.median
 
 

@@ -33,7 +33,7 @@ class Rounds:
         self._settle_s = settle_s
 
     def add(self, key: Hashable, milliseconds: float) -> None:
-        """Keep one more sample."""
+        """Add a sample, at least one tick of the clock."""
         # A clock's tick is the least that it can tell.
         self.samples.setdefault(key, []).append(max(milliseconds, 1e-6))
 

@@ -281,7 +281,7 @@ class StepTimes:
         return self.front + self._gather_ms_a_token * kept + self.back(kept) + self.overhead
 
     def run(self, schedule: RunSchedule) -> float:
-        """A whole run."""
+        """Return the time of a whole run, milliseconds."""
         kept = schedule.kept * self.num_reference
         calls = sum(count * self.call(role, kept) for role, count in schedule.roles().items())
         return calls + schedule.steps * self.scheduler

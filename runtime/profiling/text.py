@@ -33,7 +33,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def count(value: int, noun: str) -> str:
-    """So many of something."""
+    """Return a number with its noun, in the plural unless it is 1."""
     return f"{value} {noun}{'s' * (value != 1)}"
 
 

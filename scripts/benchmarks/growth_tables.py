@@ -301,7 +301,7 @@ def bytes_each(entry: dict[str, Any]) -> float:
 
 
 def _rungs(entries: Sequence[dict[str, Any]]) -> Iterator[Section]:
-    """Sets of several rungs."""
+    """Yield the table of sets with several rungs."""
     columns = (
         "rungs", "load, ms", "step at half, ms", "step, products", "loaded", "after all rungs"
     )  # fmt: skip

@@ -53,14 +53,14 @@ class Progress:
         self._bar.stop()
 
     def begin(self, text: str, total: int | None = None) -> None:
-        """A new stage."""
+        """Start a stage and its bar."""
         self._bar.console.print(text, highlight=False)
         for task in self._bar.task_ids:
             self._bar.remove_task(task)
         self._bar.add_task(text, total=total)
 
     def advance(self) -> None:
-        """One more thing done."""
+        """Move the bar on by one."""
         self._bar.advance(self._bar.task_ids[-1])
 
 

@@ -138,7 +138,7 @@ class Terminal:
             self.console.print(f"[yellow]note:[/yellow] {escape(message)}", soft_wrap=True)
 
     def complain(self, message: str) -> None:
-        """An error on stderr."""
+        """Print an error on stderr."""
         self.console.print(f"[red]error:[/red] {escape(message)}", soft_wrap=True)
 
     @contextmanager
@@ -169,7 +169,7 @@ class Terminal:
             raise KeyboardInterrupt
 
     def stage(self, name: str) -> None:
-        """Begin a stage."""
+        """Start a stage: a bar on a terminal, a line elsewhere."""
         self.check_interrupt()
         if self._progress is not None:
             self._end_stage()

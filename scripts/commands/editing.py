@@ -134,7 +134,7 @@ class Opened:
 
     @property
     def engine_set(self) -> EngineSet:
-        """What the engines run."""
+        """The engine set that the engines run."""
         return self.engines.engine_set
 
     def pipeline(self) -> Any:

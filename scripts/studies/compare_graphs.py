@@ -170,7 +170,7 @@ def compare_calls(root: Path, role: str, tokens: int, repeats: int, threads: int
 
 
 def summary(values: list[float]) -> dict[str, float]:
-    """Median, least and most."""
+    """Return median, least and most of some values."""
     return {
         "median": round(statistics.median(values), 4),
         "least": round(min(values), 4),
@@ -188,7 +188,7 @@ def run_stage(*arguments: object) -> Any:
 
 
 def compare(root: Path, stored: str, tokens: int, repeats: int, threads: int) -> dict[str, Any]:
-    """Everything about one checkpoint."""
+    """Measure load and run of every form of one checkpoint's graphs."""
     result = run_stage("make", root, stored)
     print(f"made: {result}", flush=True)
     result["roles"] = {}

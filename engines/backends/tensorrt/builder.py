@@ -145,7 +145,7 @@ def check_attention(target: Target, facts: LibraryFacts) -> None:
 
 
 def describe_target(target: Target, facts: LibraryFacts, options: PlanOptions) -> dict[str, Any]:
-    """The manifest's `target`."""
+    """Return what the manifest's `target` holds: the GPUs and libraries that plans are for."""
     if target.backend == "tensorrt":
         assert target.gpu is not None
         built_for = [target.gpu.capability_name]

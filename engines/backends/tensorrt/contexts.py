@@ -79,7 +79,7 @@ class BoundedCache(Generic[K, V]):
         self._items.move_to_end(key)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Drop all values."""
         self._items.clear()
 
     def __len__(self) -> int:
@@ -220,7 +220,7 @@ class GraphBook(Generic[V]):
         return "enqueue"
 
     def keep(self, addresses: Addresses, graph: V) -> None:
-        """Note a captured graph."""
+        """Store a captured graph under its addresses."""
         self._graphs.put(addresses, graph)
 
     def graph(self, addresses: Addresses) -> V:

@@ -52,7 +52,7 @@ class Library:
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """The version as numbers."""
+        """The version as a tuple of integers, as (10, 9)."""
         return version_numbers(self.version)
 
 
@@ -74,7 +74,7 @@ class Gpu:
 
     @property
     def capability_name(self) -> str:
-        """As "8.9"."""
+        """The compute capability as text, as "8.9"."""
         return capability_name(self.capability)
 
 

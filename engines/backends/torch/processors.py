@@ -90,7 +90,7 @@ def _same(processor: Any) -> Any:
 
 
 class _Live:
-    """Marks a live processor."""
+    """Base class by which live processors are recognised."""
 
     __slots__ = ()
     _stands_for: Any
