@@ -21,7 +21,7 @@ class Engines(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs and outputs live."""
+        """The device of inputs and outputs."""
         ...
 
     @property

@@ -95,7 +95,7 @@ class _Kind:
 
     @property
     def op_type(self) -> str:
-        """What the function is called."""
+        """Name of the ONNX function."""
         return self.block + _SUFFIXES[self.role] + "Last" * self.is_last
 
 

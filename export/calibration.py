@@ -166,7 +166,7 @@ def top_layers(sensitivity: tuple[float, ...], front_depth: int, count: int) -> 
 
 
 def mean_curve(curves: list[list[float]]) -> tuple[float, ...]:
-    """Mean a layer over calls."""
+    """Return each layer's mean over calls."""
     return tuple(sum(values) / len(values) for values in zip(*curves, strict=True))
 
 

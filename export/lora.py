@@ -196,9 +196,9 @@ def _fetch(location: str, hub_id: str, name: str) -> Path:
         if len(found) == 1:
             return found[0]
     except (LocalEntryNotFoundError, HFValidationError):
-        pass  # asked for below, where every failure is told
+        pass  # asked for below, where every failure is reported
     try:
-        if not name:  # which one is meant, the whole repository tells, not what is cached of it
+        if not name:  # the whole repository decides which one is meant, not its cached part
             files = [Path(file) for file in HfApi().list_repo_files(hub_id)]
             name = _only_file([f for f in files if f.suffix == _SUFFIX], location).as_posix()
         patterns = [name, "adapter_config.json"]

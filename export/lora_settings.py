@@ -59,8 +59,8 @@ def read_settings(path: Path, metadata: Mapping[str, str], beside: Path | None) 
     """
     try:
         if _METADATA in metadata:
-            told = json.loads(metadata[_METADATA])
-            values = {key.removeprefix("transformer."): value for key, value in told.items()}
+            stored = json.loads(metadata[_METADATA])
+            values = {key.removeprefix("transformer."): value for key, value in stored.items()}
         elif beside is not None:
             values = json.loads(beside.read_text("utf-8"))
         else:

@@ -57,7 +57,7 @@ class Layout:
 
     @property
     def grids(self) -> tuple[TokenGrid, ...]:
-        """Of all pictures, that in the making first."""
+        """Token grids of all pictures, the noisy one first."""
         return (self.noisy, *self.references)
 
     @property
@@ -74,5 +74,5 @@ class Layout:
 
     @property
     def num_reference(self) -> int:
-        """C, of all references together."""
+        """Number of reference tokens of all references together, C."""
         return sum(lengths_of(self.references))

@@ -54,7 +54,7 @@ class CallView:
         step: from 0; branch: "cond" or "uncond".
         ladder: of the engine set.
         grids: (height, width) in tokens of the noisy picture and of each reference, where the
-            caller's geometry tells.
+            caller's geometry says so.
         noisy: (B, G, d), reference: (B, C, d): FRONT's outputs; none where the reducer does not
             read features.
         influence: (B, C) float32 (ToPi Eq. 9), on an anchor.
@@ -207,7 +207,7 @@ class Policy(Protocol):
     """Which tokens steps run on. Holds nothing of a request and can be shared."""
 
     def begin(self, num_steps: int | None = None) -> Reducer:
-        """Make what works on one request.
+        """Return a reducer for one request.
 
         Args:
             num_steps: how many steps it will have; none where nobody knows.

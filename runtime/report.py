@@ -55,7 +55,7 @@ class StepRecord:
 
     @property
     def total_ms(self) -> float:
-        """Everything the call took, in milliseconds."""
+        """Time of the whole call, milliseconds."""
         return self.front_ms + self.gather_ms + self.back_ms + self.select_ms + self.other_ms
 
 

@@ -53,7 +53,7 @@ _OF_WEIGHTS = (
     *("modules", "named_modules", "parameters", "named_parameters", "buffers", "named_buffers"),
     *("children", "named_children", "to", "half", "float", "bfloat16", "cpu", "cuda"),
 )
-# The first word that a method's name holds tells why, and what to do.
+# The first of these words in a method's name decides the reason and the remedy.
 _REMEDIES = (
     (
         ("lora", "adapter"),
@@ -120,10 +120,10 @@ class OpenRequest:
         """Begin a step if this call begins one; the request, the branch and the timestep.
 
         Where a loop does without `pipe.scheduler`, another timestep, or a branch that has run
-        already, tells that a step ended, and a timestep that rises that a request did.
+        already, means that a step ended, and a timestep that rises that a request did.
 
         Raises:
-            UsageError: the policy acts on steps, and nothing told it of the last one's end.
+            UsageError: the policy acts on steps, and the last one's end was not reported to it.
         """
         request = self.request
         time = request.time_of(timestep)
@@ -208,7 +208,7 @@ class EngineTransformer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the engines' tensors live."""
+        """The device of the engines' tensors."""
         return self.denoiser.engines.device
 
     @property

@@ -116,14 +116,14 @@ def judge(cases: dict[str, Any]) -> list[dict[str, Any]]:
             "bound": text,
             "least": least,
             "most": most,
-            "value": found and found["median"],
-            "interval": found and [found["low"], found["high"]],
+            "value": result and result["median"],
+            "interval": result and [result["low"], result["high"]],
             "of": of,
-            "is_met": found
-            and (found["median"] <= most if least is None else found["median"] >= least),
+            "is_met": result
+            and (result["median"] <= most if least is None else result["median"] >= least),
         }
         for name, case in cases.items()
-        for text, found, least, most, of in (_wide if name == "wide" else _small)(case)
+        for text, result, least, most, of in (_wide if name == "wide" else _small)(case)
     ]
 
 

@@ -203,7 +203,7 @@ class Bench:
         return result
 
     def measure(self, axis: str) -> None:
-        """One axis, start to end."""
+        """Measure all points of an axis."""
         found = []
         for value, name, task in points_of(axis, self.sizes, self.arguments):
             print(f"[{time.strftime('%H:%M:%S')}] {axis} = {value}", file=sys.stderr, flush=True)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Prove this repository on an NVIDIA GPU, and say in one JSON document what was seen.
+"""Prove this repository on an NVIDIA GPU, and say in one JSON document what was measured.
 
 Every part runs in a process of its own and stands alone: one that cannot run says why, one that
 fails or hangs does not stop the others. A part is "ok" only when its checks ran and held. Without a
@@ -68,7 +68,7 @@ class CannotRunError(Exception):
 
 @dataclass(frozen=True)
 class Context:
-    """What a part is told.
+    """Options that every part gets.
 
     Attributes:
         is_quick: measure less.
@@ -595,7 +595,7 @@ def run_part(name: str, seconds: float, is_quick: bool, folder: Path) -> dict[st
 
 
 def is_without_gpu(parts: Mapping[str, Any]) -> bool:
-    """Whether the environment was looked at and has no GPU."""
+    """Whether the environment was checked and has no GPU."""
     return parts.get("environment", {}).get("measured", {}).get("gpus") == []
 
 
@@ -611,7 +611,7 @@ def without_paths(value: Any) -> Any:
 
 
 def commit() -> str | None:
-    """Of this checkout, with a + where files were changed."""
+    """The commit of this checkout, with a + where files were changed."""
     said = []
     for arguments in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno"]):
         try:

@@ -88,7 +88,7 @@ def build_engine_set(options: BuildOptions, *, progress: Progress | None = None)
 
     Args:
         options: what to build.
-        progress: who is told; none means the log.
+        progress: receives how the build goes; none means the log.
 
     Raises:
         UsageError: the options, the weights or the target cannot be accepted.

@@ -127,7 +127,7 @@ class BuildOptions:
         precision: "fp32", "fp16" or "bf16"; given as none it becomes the backend's default.
         front_depth: K.
         layers: L.
-        score_details: BACK tells three scores of every layer of its own, for ToPi's ablations.
+        score_details: BACK returns three scores of every layer of its own, for ToPi's ablations.
         num_layers: depth of a trial with random weights.
         config: changes of the configuration, with random weights.
         ladder: reference lengths.
@@ -342,7 +342,7 @@ class BuildOptions:
 
     @property
     def builds_plans(self) -> bool:
-        """Whether plans come after the graphs."""
+        """Whether plans are built from the graphs."""
         return self.backend in PLAN_BACKENDS and not self.graph_only
 
     @property

@@ -293,7 +293,7 @@ def fingerprint(
     Args:
         source: what `find_source` returned.
         known: fingerprints of an earlier build, trusted where the file status is the same.
-        on_bytes: told the bytes hashed so far and the bytes to hash.
+        on_bytes: called with the bytes hashed so far and the bytes to hash.
     """
     if source.checkpoint is None:
         return {}

@@ -93,14 +93,14 @@ class ModelCost:
     backend: str = "tensorrt"
 
     def front(self, size: CallSize) -> Cost:
-        """FRONT over the full context."""
+        """Return the cost of FRONT over the full context."""
         products = graph_products(
             self.config, self.architecture, range(self.front_depth), size, "front"
         )
         return self._cost(products, "front", size, self.front_depth)
 
     def back(self, size: CallSize, *, num_rows: int = 0) -> Cost:
-        """BACK.
+        """Return the cost of BACK.
 
         Args:
             size: of the call; `num_reference` is K'.

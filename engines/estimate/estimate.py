@@ -153,7 +153,7 @@ class Estimate:
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it for JSON."""
+        """Return the estimate as JSON-ready values."""
         result: dict[str, Any] = {}
         for name in self.__dataclass_fields__:
             value = getattr(self, name)
@@ -365,7 +365,7 @@ class _Figures:
         return sum(plan.file_bytes for plan in self.plans)
 
     def build_disk_bytes(self) -> int:
-        """At the end of a build: graphs with their weights, plans, and the set that is there."""
+        """Disk space at the end of a build, bytes: graphs with weights, plans, and the old set."""
         needed = 2 * self.disk_bytes()
         options = self.options
         if options.builds_plans and not options.weights_stripped and not self._is_linked():

@@ -87,7 +87,7 @@ def target_locked(
 
     Args:
         target: what will be replaced. Its parent is created.
-        on_wait: told once who holds the lock.
+        on_wait: called once with the holder of the lock.
         wait: if not, BlockingIOError is raised while another process has it.
     """
     target.parent.mkdir(parents=True, exist_ok=True)

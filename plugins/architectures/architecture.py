@@ -87,7 +87,7 @@ class CallArguments:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SingleFile:
-    """How a checkpoint of one file tells its configuration: by a tensor's name and axis.
+    """How the configuration is read from a checkpoint of one file: by a tensor's name and axis.
 
     Attributes:
         width: channels of the hidden states; head_dim: of a head.

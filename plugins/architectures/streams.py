@@ -46,7 +46,7 @@ class MatrixProduct:
 
     @property
     def flops(self) -> int:
-        """Operations of all of them."""
+        """Operations of all `count` products."""
         return 2 * self.m * self.k * self.n * self.count
 
 

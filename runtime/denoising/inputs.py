@@ -32,8 +32,8 @@ class ModelInputs:
         timestep: (B,) in [0, 1].
         guidance: (B,), models with guidance embeddings only.
         pooled_text: (B, c_pool), FLUX only.
-        time: `timestep` of the whole batch as a number, where it is known without a wait for the
-            device.
+        time: `timestep` of the whole batch as a number, where it is known without waiting for
+            the device.
         layout: of the noisy picture and the references; none where one is no whole grid.
         rope_key: identifies the geometry; equal keys have equal tables.
         make_rope: computes the tables of that geometry.

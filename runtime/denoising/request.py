@@ -88,7 +88,7 @@ class Request:
     """The state of one request, and its steps."""
 
     def __init__(self, denoiser: Shared, times: Sequence[float] | None = None) -> None:
-        """Begin a request; see `Denoiser.begin`."""
+        """Take the denoiser that opens the request and, where known, its timesteps."""
         self.report = RunReport()
         self._denoiser = denoiser
         self._engines, self._calls = denoiser.engines, denoiser.calls
@@ -132,8 +132,8 @@ class Request:
         """The timestep of the coming call as a number.
 
         It is read from the device once a request, where the times are known beforehand: reading
-        waits for the device. The first one also tells where in its schedule a request begins, as
-        those do that start from a picture.
+        waits for the device. The first one also gives the place in its schedule where a request
+        begins, as for those that start from a picture.
 
         Args:
             timestep: (B,) in [0, 1].

@@ -108,7 +108,7 @@ def choose_edits(source: str, count: int | None) -> list[ComparedEdit]:
 def choose_samples(
     folder: Path | None, count: int, purpose: Purpose, seed: int
 ) -> list[ComparedEdit]:
-    """At most `count` edits to calibrate on: a folder's, or else training scenes.
+    """Return at most `count` edits to calibrate on: a folder's, or else training scenes.
 
     Raises:
         UsageError: the folder is malformed.

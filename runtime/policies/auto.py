@@ -146,7 +146,7 @@ class Auto:
 
     @property
     def quality(self) -> QualityModel | None:
-        """What `min_psnr` is predicted with."""
+        """The model that predicts PSNR for `min_psnr`."""
         return self._quality
 
     def begin(self, num_steps: int | None = None) -> Reducer:

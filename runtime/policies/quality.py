@@ -46,7 +46,7 @@ class Outlook:
     spread: float | None = None
 
     def features(self) -> list[float]:
-        """The terms of the fit."""
+        """Return the regressors of the fit."""
         lost, dropped = 1 - self.influence, 1 - self.ratio
         return [
             1.0,

@@ -143,8 +143,8 @@ class ToPi(Reducer):
             return call.influence
         if call.scores is None:
             raise UsageError(
-                f"score {self.score!r} of {self.layers} layers needs an engine set that tells the "
-                "scores of every layer: build one with --score-details"
+                f"score {self.score!r} of {self.layers} layers needs an engine set that returns "
+                "the scores of every layer: build one with --score-details"
             )
         chosen = self._layers_of(call)
         return call.scores[:, chosen, SCORES.index(self.score)].sum(dim=1)

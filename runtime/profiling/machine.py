@@ -67,7 +67,7 @@ def instruction_sets() -> dict[str, Any]:
 
 
 def clocks(is_cuda: bool) -> dict[str, Any]:
-    """Clock rates as the system tells them now."""
+    """Current clock rates, as the system reports them."""
     if is_cuda:
         try:
             done = subprocess.run(
@@ -104,7 +104,7 @@ def processor_name() -> str:
 
 
 def _cpuinfo(key: str) -> list[str]:
-    """The values of a key in /proc/cpuinfo, one a core; psutil tells neither names nor flags."""
+    """The values of a key in /proc/cpuinfo, one a core; psutil has neither names nor flags."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -114,7 +114,7 @@ def _cpuinfo(key: str) -> list[str]:
 
 
 def library_versions() -> dict[str, str]:
-    """Of Python, and of what is installed of the packages that a measurement hangs on."""
+    """Versions of Python and of the installed packages that a measurement depends on."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -178,7 +178,7 @@ def peak_bytes(device: torch.device | None = None, process: int | str = "self") 
 
 
 class OtherProcesses:
-    """Tells how much of the cores other processes take, from when it was made."""
+    """Measures how much of the cores other processes take, from when it was made."""
 
     def __init__(self) -> None:
         self._start = self._now()

@@ -1,7 +1,7 @@
 """Times FRONT, BACK, anchors and what stands between them, round by round.
 
 Only the first round, which warms up, goes from short to long, so that memory that is kept for reuse
-tells how much each length needs. CPUs are timed by the monotonic clock, GPUs by events on the
+shows how much each length needs. CPUs are timed by the monotonic clock, GPUs by events on the
 current stream.
 """
 
@@ -137,15 +137,15 @@ class Meter:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the first round, in which alone memory is looked at: that takes time."""
+        """Whether this is the first round, the only one to measure memory, which takes time."""
         return self.rounds.number == 0
 
     def turn(self, parts: Sequence[Callable[[], None]]) -> None:
-        """Every part once; see `Rounds.turn`."""
+        """Run every part once, as `Rounds.turn` does."""
         self.rounds.turn([partial(self._run_part, run) for run in parts])
 
     def alone(self, run: Callable[[], _T]) -> _T:
-        """One part that others need; see `Rounds.alone`."""
+        """Run a part that others need, as `Rounds.alone` does."""
         return self.rounds.alone(partial(self._run_part, run))
 
     def _run_part(self, run: Callable[[], _T]) -> _T:
@@ -469,7 +469,7 @@ def profile_of(meter: Meter, settings: dict[str, Any], machine: dict[str, Any]) 
     )
 
 
-_PRODUCT_SIZE = {  # products have no lengths; the batch tells whose they are
+_PRODUCT_SIZE = {  # products have no lengths; the batch says which library's they are
     "torch": CallSize(num_noisy=0, num_reference=0, num_text=0, batch=0),
     "onnxruntime": CallSize(num_noisy=0, num_reference=0, num_text=0, batch=1),
 }

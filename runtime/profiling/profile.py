@@ -16,7 +16,7 @@ from ditrim.engines.cost.cost import Cost, ModelCost, Peak
 from ditrim.plugins.errors import UsageError
 
 FORMAT, VERSION = "ditrim-profile", 2
-# What a row is of; `product` is a plain matrix product, the machine's own pulse.
+# What a row measures; `product` is a plain matrix product, the reference product.
 PARTS = ("front", "back", "anchor", "selection", "gather", "rope", "scheduler", "step", "overhead")
 PRODUCT = "product"
 GRAPH_PARTS = ("front", "back", "anchor")
@@ -165,7 +165,7 @@ class Row:
 
     @property
     def cost(self) -> Cost:
-        """By the cost model, all bytes together."""
+        """The cost by the cost model; weights' bytes are counted with the activations'."""
         return Cost(flops=self.flops, activation_bytes=self.num_bytes)
 
 
@@ -233,7 +233,7 @@ class Profile:
 
     @property
     def max_noise(self) -> float:
-        """Above it, a row says nothing."""
+        """Largest noise, a share of the median, at which a row's figures are shown."""
         return float(self.settings["max_noise"])
 
     def to_json(self) -> str:

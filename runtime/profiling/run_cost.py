@@ -62,7 +62,7 @@ class RunSchedule:
             )
 
     def roles(self) -> dict[str, int]:
-        """How many calls of each role."""
+        """Return the number of calls by role."""
         schedule = self._schedule()
         counts = {"full": 0, "anchor": 0, "reduced": 0}
         for step in range(self.steps):
@@ -247,7 +247,7 @@ class StepTimes:
         return 0.0 if row is None else float(getattr(row.statistics, self._which))
 
     def _flops(self, kept: float) -> float:
-        """Of BACK at a length, which may lie between two tokens."""
+        """BACK's operations at a length, which may lie between two tokens."""
         batch, noisy, text, _ = self.geometry
         below = math.floor(kept)
 
@@ -331,7 +331,7 @@ class ScheduleEstimate:
 def estimate_schedule(
     profile: Profile, geometry: tuple[int, int, int, int], schedule: RunSchedule
 ) -> ScheduleEstimate:
-    """Add up what a profile says."""
+    """Predict the run time of a schedule from a profile's medians and their intervals."""
     low, middle, high = (StepTimes(profile, geometry, end) for end in ("low", "median", "high"))
     run = tuple(times.run(schedule) for times in (low, middle, high))
     full = tuple(times.full_run(schedule) for times in (low, middle, high))

@@ -73,7 +73,7 @@ class Point:
         return rows[part]
 
     def flops(self, part: str) -> int:
-        """What the cost model counts."""
+        """Operations of a part by the cost model."""
         return int(self.of(part, lambda row: row.flops))
 
     def median_ms(self, part: str) -> float:
@@ -91,7 +91,7 @@ class Point:
 
     @property
     def is_scoring_clear(self) -> bool:
-        """Whether scoring takes so much of BACK that a difference tells it."""
+        """Whether scoring takes so much of BACK that a difference of times measures it."""
         return self.median_ms(SCORING) >= _CLEAR_SHARE * self.median_ms("back")
 
     @property

@@ -25,7 +25,7 @@ from ditrim.runtime.profiling.profile import statistics_of
 from ditrim.runtime.profiling.rounds import Rounds
 
 STEPS = 40  # of the run that scoring is a share of
-SETTLE_SECONDS = 0.02
+SETTLE_SECONDS = 0.02  # pause before a part, in which idle threads stop spinning
 BURST = {"small": 3, "wide": 1}
 # The largest relative difference of a step from diffusers' own; float32 gives about 1e-5.
 MOST_DIFFERENCE = 1e-3
@@ -365,7 +365,7 @@ def measure_edits(
 
 
 def mean_and_worst(quality: list[float], *, is_picture: bool) -> list[float] | None:
-    """Of what `distance` measured; none where nothing was."""
+    """Mean and worst of what `distance` measured; none where nothing was."""
     if not quality:
         return None
     functions = (statistics.mean, min if is_picture else max)

@@ -88,20 +88,20 @@ def add_whole(
     default: int | None = None,
     **more: Any,
 ) -> None:
-    """Add an option that takes whole numbers in [least, most]; its help tells the default."""
+    """Add an option that takes whole numbers in [least, most]; its help names the default."""
     _add(group, option, _ranged(int, least, most), text, default, metavar="N", **more)
 
 
 def add_number(
     group: Any, option: str, least: float, most: float, text: str, default: float | None = None
 ) -> None:
-    """Add an option that takes numbers in [least, most]; its help tells the default."""
+    """Add an option that takes numbers in [least, most]; its help names the default."""
     _add(group, option, _ranged(float, least, most), text, default, metavar="X")
 
 
 def _add(group: Any, option: str, kind: Any, text: str, default: Any, **more: Any) -> None:
-    told = text if default is None else f"{text} (default: {default})"
-    group.add_argument(option, type=kind, default=default, help=told, **more)
+    described = text if default is None else f"{text} (default: {default})"
+    group.add_argument(option, type=kind, default=default, help=described, **more)
 
 
 def _ranged(kind: Callable[[str], Any], least: float, most: float | None) -> Callable[[str], Any]:

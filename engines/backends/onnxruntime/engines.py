@@ -38,7 +38,7 @@ _SPIN_US = 100
 
 
 def session_options(path: Path, device: str = "cpu", threads: int = 0) -> SessionOptions:
-    """How a session is made.
+    """Return the session options of a graph on a device.
 
     Args:
         path: of the graph.

@@ -35,7 +35,7 @@ _BF16_FROM = (8, 0)
 
 
 class Steps(Protocol):
-    """Who is told how far a plan is; `ditrim.engines.build.progress.Progress` is one."""
+    """Receives the progress of a plan; `ditrim.engines.build.progress.Progress` is one."""
 
     def stage(self, name: str) -> None: ...
 

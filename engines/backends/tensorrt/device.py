@@ -103,7 +103,7 @@ class Hardware(Protocol):
         ...
 
     def handle(self, stream: Any) -> int:
-        """What TensorRT calls the stream."""
+        """The stream's CUDA handle, as TensorRT takes it."""
         ...
 
     def mark(self, stream: Any) -> Any:

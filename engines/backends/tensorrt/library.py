@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 LEAST_VERSIONS = {"tensorrt": (10, 9), "tensorrt-rtx": (1, 2)}
-# What TensorRT-RTX builds for when it is not told: every one that it knows from Ampere on.
+# TensorRT-RTX's default targets: every capability that it knows from Ampere on.
 _RTX_DEFAULT_FROM = (8, 0)
 _CAPABILITY_ATTRIBUTES = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
 _DRIVER_VERSION = Path("/proc/driver/nvidia/version")

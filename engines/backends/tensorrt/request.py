@@ -104,7 +104,7 @@ class PlanRequest:
         return any(spec.name == "influence" for spec in self.outputs)
 
     def job(self) -> dict[str, Any]:
-        """What the worker is told."""
+        """The job that the worker reads, as JSON-ready values."""
         options, gpu = self.options, self.target.gpu
         shapes = [
             {
