@@ -31,7 +31,7 @@ class Engines(Protocol):
 
     @property
     def choice(self) -> str:
-        """What runs them and why, one sentence."""
+        """One sentence that names the execution provider and why it was chosen."""
         ...
 
     def run(

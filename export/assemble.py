@@ -68,7 +68,7 @@ _SCORE_OUTPUTS = {"plain": [], "score": ["influence"], "detail": ["scores"]}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Kind:
-    """What makes two blocks the same function.
+    """Key of an ONNX function: blocks of equal keys share one.
 
     Attributes:
         block: the class's name.

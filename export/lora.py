@@ -102,7 +102,7 @@ def _checked(location: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
-    """What a LoRA's layer means for one weight: rows of its product, in an order."""
+    """The part of a LoRA layer's product that one weight takes: rows, in an order."""
 
     weight: str
     rows: tuple[tuple[int, int], ...] | None = None  # none takes all
@@ -237,7 +237,7 @@ def read_merge(
 def _targets(
     shapes: Mapping[str, tuple[int, ...]], architecture: str
 ) -> dict[str, tuple[_Part, ...]]:
-    """What each module name that a LoRA can use means: dotted, and joined by underscores."""
+    """Return the weights by every module name that a LoRA can use: dotted, or with underscores."""
     parts: dict[str, tuple[_Part, ...]] = {
         name.removesuffix(".weight"): (_Part(weight=name),)
         for name, shape in shapes.items()
@@ -278,7 +278,7 @@ def _stacked(weights: list[str], shapes: Mapping[str, tuple[int, ...]]) -> Itera
 
 @dataclass(slots=True)
 class _Layer:
-    """What a file holds of one module."""
+    """The tensors that a file holds of one module."""
 
     up: str | None = None
     down: str | None = None

@@ -20,7 +20,7 @@ _METADATA = "lora_adapter_metadata"
 
 
 class LoraSettings(BaseModel):
-    """What a file's metadata, or peft's adapter_config.json beside it, say of its scaling."""
+    """Scaling of a LoRA, from its file's metadata or peft's adapter_config.json beside it."""
 
     lora_alpha: float | None = None
     alpha_pattern: dict[str, float] | None = None

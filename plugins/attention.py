@@ -25,7 +25,7 @@ from ditrim.plugins.log_sum_exp import influence, reference_column_sums
 
 @dataclass(slots=True, kw_only=True)
 class JointContext:
-    """What a graph hands through diffusers' blocks in the place of `image_rotary_emb`.
+    """Context that a graph passes through diffusers' blocks in the place of `image_rotary_emb`.
 
     T text, G noisy and C reference tokens, in this order in the joint sequence of N tokens.
 

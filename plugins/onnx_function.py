@@ -53,7 +53,7 @@ def function_of(nodes: list[onnx.NodeProto]) -> FunctionProto:
 
 
 def prepared_nodes() -> list[onnx.NodeProto]:
-    """What every form begins with: `scaled` rows in float32, `axis_2`, and what the blocks read."""
+    """Return the nodes that every form begins with: `scaled` rows, `axis_2`, the blocks' inputs."""
     return [
         scale_constant("scale_f"),
         helper.make_node("Cast", ["queries"], ["queries_f"], to=TensorProto.FLOAT),

@@ -56,7 +56,7 @@ class Attachment:
 
     @property
     def report(self) -> RunReport:
-        """What the current or last request of this thread did."""
+        """Report of this thread's current or last request."""
         return self.transformer.report
 
     def request(self) -> AbstractContextManager[OpenRequest]:

@@ -104,7 +104,7 @@ def check_live(transformer: Any, held: Any) -> None:
 
 
 def dtype_of(transformer: Any) -> torch.dtype:
-    """What a pipeline's tensors are made in beside this transformer."""
+    """Return the dtype of the tensors that a pipeline makes for this transformer."""
     dtype = unwrapped(transformer).dtype
     return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float32
 
@@ -346,7 +346,7 @@ def _acting_adapters(layer: Any) -> list[str]:
 
 
 def _change_of(layer: Any, adapter: str, name: str, shape: tuple[int, ...]) -> Floats:
-    """What an adapter adds to the sampled places of a weight."""
+    """Return what an adapter adds to the sampled places of a weight."""
     is_plain = adapter in getattr(layer, "lora_A", {}) and len(shape) == 2
     if not is_plain or adapter in getattr(layer, "lora_magnitude_vector", {}):
         raise UsageError(

@@ -30,7 +30,7 @@ Role = Literal["full", "anchor", "reduced"]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Reduction:
-    """What reduced steps run on.
+    """The tokens that reduced steps run on.
 
     Attributes:
         kept: (B, K') int64, ascending: reference tokens; none means all of them.
@@ -138,7 +138,7 @@ class StepView:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepOutcome:
-    """What a reducer makes of a finished step.
+    """Result of a reducer's `finish_step`.
 
     Attributes:
         latents: (B, G, c) to go on from; none leaves the scheduler's own.
@@ -204,7 +204,7 @@ class Reducer:
 
 
 class Policy(Protocol):
-    """Which tokens steps run on. Holds nothing of a request and can be shared."""
+    """Decides which tokens steps run on. Holds nothing of a request and can be shared."""
 
     def begin(self, num_steps: int | None = None) -> Reducer:
         """Return a reducer for one request.

@@ -151,7 +151,7 @@ class _Engine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WrittenReport:
-    """What others read of a file that `edit-image --report` wrote."""
+    """The parts of an `edit-image --report` file that other commands read."""
 
     run: _Run
     engine: _Engine

@@ -213,12 +213,12 @@ class EngineTransformer(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the pipeline's tensors are made in; engines take any."""
+        """The dtype of the pipeline's tensors; engines take any."""
         return self.denoiser.engines.dtype if self.is_live else self.placeholder.dtype
 
     @property
     def report(self) -> RunReport:
-        """What the current or last request of this thread did; else the last one anywhere."""
+        """Report of this thread's current or last request; else of the last one of any thread."""
         report: RunReport = getattr(self._here, "report", self._last_report)
         return report
 
@@ -228,7 +228,7 @@ class EngineTransformer(nn.Module):
         return self.denoiser.acts_on_steps
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """How many parameters the engines hold; none can be trained."""
+        """Return the number of parameters the engines hold; none can be trained."""
         from ditrim.engines.cost.parameters import count_parameters
 
         if only_trainable:

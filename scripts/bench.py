@@ -76,7 +76,7 @@ TINY = {
 
 
 def measure_case(case: Case, arguments: argparse.Namespace, progress: Progress) -> dict[str, Any]:
-    """Everything about one model at one size."""
+    """Measure one model at one size in every way."""
     progress.begin(f"{case.name}: making the other ways to run it")
     is_small = case.is_picture
     with tempfile.TemporaryDirectory(prefix="ditrim-bench-") as folder:
@@ -186,7 +186,7 @@ def _wide(case: dict[str, Any]) -> Iterator[Bound]:
 
 
 def openmp() -> dict[str, Any]:
-    """What decides how long torch's idle threads spin."""
+    """Return the settings that decide how long torch's idle threads spin."""
     names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
     info = torch.__config__.parallel_info().splitlines()
     return {

@@ -145,7 +145,7 @@ def points_of(axis: str, sizes: dict[str, Any], arguments: argparse.Namespace) -
 
 
 def build_options(name: str, sizes: dict[str, Any]) -> dict[str, Any]:
-    """What the set of this name is built with, besides its folder."""
+    """Return the options that the set of this name is built with, besides its folder."""
     # Four references of the short length are the longest of the axis "added".
     longest = max(sizes["longest"], sizes["shared"], 4 * sizes["short"])
     options = {

@@ -28,7 +28,7 @@ _MOST_TEXT = 1 << 16
 
 
 class LengthOptions(Protocol):
-    """What of a build's options decides its lengths; see `BuildOptions`."""
+    """The options of a build that decide its lengths; `BuildOptions` describes them."""
 
     @property
     def family(self) -> Family: ...

@@ -88,7 +88,7 @@ def _sizes(given: Any) -> tuple[tuple[int, int], ...]:
 
 
 def _words_of(name: str, value: Any) -> tuple[str, ...]:
-    """What follows an option, each time that it is given; nothing follows a switch."""
+    """Return the words after an option, for each time that it is given; a switch has none."""
     if name == "config":
         return tuple(f"{key}={json.dumps(value[key])}" for key in sorted(value))
     if name == "lora":
@@ -423,7 +423,7 @@ class BuildOptions:
         return Path("engines-out") / name
 
     def shaping(self) -> dict[str, Any]:
-        """What the result depends on besides K, L, configuration and weights; no defaults left."""
+        """Return what besides K, L, configuration and weights decides the set, defaults resolved."""
         limits, ladder = self.limits, self.reference_ladder
         shaping: dict[str, Any] = {
             "model": self.model,

@@ -49,7 +49,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peak:
-    """What a device can do at most; none where not established.
+    """Peak rates of a device; none where not established.
 
     Attributes:
         tflops: 10^12 operations a second in the precision of the work.

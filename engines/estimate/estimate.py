@@ -97,7 +97,7 @@ class Need:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """What `build-engine --dry-run` says.
+    """Holds what `build-engine --dry-run` reports.
 
     Attributes:
         command: that the estimate is of.
@@ -182,7 +182,7 @@ def _listed(value: Any) -> Any:
 
 
 def usable_bytes(device: Device) -> int:
-    """What a set may take of a device: 95 % of what CUDA reports."""
+    """Return the memory that a set may take of a device: 95 % of what CUDA reports."""
     return round(_USABLE * device.memory_bytes)
 
 
@@ -254,7 +254,7 @@ def estimate(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Figures:
-    """What follows from options and configuration, whatever the device."""
+    """Figures that follow from options and configuration, whatever the device."""
 
     options: BuildOptions
     config: Mapping[str, Any]

@@ -26,7 +26,7 @@ Floats = npt.NDArray[np.float32]
 
 
 class Place(Protocol):
-    """Where a tensor lies in a file; see `tensor_header.TensorPlace`."""
+    """Place of a tensor in a file; `tensor_header.TensorPlace` is one."""
 
     @property
     def dtype(self) -> str: ...

@@ -97,7 +97,7 @@ class _Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """Everything that a runtime needs to know of an engine set without opening its graphs.
+    """Holds everything that a runtime needs of an engine set without opening its graphs.
 
     Attributes:
         format_version: of this file.

@@ -37,7 +37,7 @@ def lock_path(target: Path) -> Path:
 
 
 def previous_path(target: Path) -> Path:
-    """Where the old set is between the two renames of a swap without `renameat2`."""
+    """Return the path of the old set between the two renames of a swap without `renameat2`."""
     return target.parent / f".{target.name}.previous"
 
 

@@ -71,7 +71,7 @@ class Places:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallArguments:
-    """What a pipeline calls its transformer with, beyond what all have.
+    """Arguments of a pipeline's call of its transformer beyond those that all have.
 
     Attributes:
         positions: handed to `place`, in this order.
@@ -248,7 +248,7 @@ class Architecture:
 
     @property
     def depths(self) -> dict[str, int]:
-        """How many blocks the released model has, by the configuration's key."""
+        """Number of blocks of the released model, by the configuration's key."""
         return {blocks.depth_key: blocks.depth for blocks in self.blocks}
 
     def completed(self, config: Config) -> dict[str, Any]:

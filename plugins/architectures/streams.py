@@ -52,7 +52,7 @@ class MatrixProduct:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stream:
-    """What blocks of one kind cost; functions take a complete configuration.
+    """Cost functions of blocks of one kind; they take a complete configuration.
 
     Attributes:
         num_parameters: of one block.

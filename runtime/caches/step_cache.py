@@ -43,7 +43,7 @@ class FrontView:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CacheMemory:
-    """What a branch remembers of its last steps.
+    """Outputs of its last steps that a branch keeps.
 
     Attributes:
         front: FRONT's outputs that the next step's are compared with.
@@ -71,7 +71,7 @@ class Cache(Protocol):
     def remember(
         self, memory: CacheMemory | None, front: FrontView, velocity: Tensor
     ) -> CacheMemory:
-        """What to remember of a step that ran BACK; `memory` is none at a branch's first step."""
+        """Return what is kept of a step that ran BACK; `memory` is none at a branch's first."""
         ...
 
 

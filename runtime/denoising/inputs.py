@@ -173,7 +173,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def check_finite(inputs: ModelInputs, velocity: Tensor, influence: Tensor, step: int) -> None:
-    """What an anchor step read and made; choosing tokens waits for the device in any case."""
+    """Check an anchor step's inputs and outputs; choosing tokens waits for the device anyway."""
     tensors = (inputs.noisy_latents, velocity, influence)
     flags = [torch.isfinite(tensor).all().to(influence.device) for tensor in tensors]
     latents_are, velocity_is, influence_is = torch.stack(flags).tolist()

@@ -68,7 +68,7 @@ class _Call:
 
 
 class Shared(Protocol):
-    """What the requests of a `Denoiser` have in common."""
+    """State that all requests of a `Denoiser` share."""
 
     @property
     def engines(self) -> Engines: ...
@@ -116,12 +116,12 @@ class Request:
 
     @property
     def num_steps(self) -> int | None:
-        """How many steps the request will have; none where nobody knows."""
+        """Number of steps that the request will have; none where it is not known."""
         return None if self._times is None else len(self._times)
 
     @property
     def branches_run(self) -> int:
-        """How many branches have run in this step."""
+        """Number of branches that have run in this step."""
         return len(self._velocities)
 
     def has_run(self, branch: str) -> bool:
@@ -432,7 +432,7 @@ class Request:
         )
 
     def _seen(self, call: _Call, fronts: list[FrontResult]) -> FrontView:
-        """What a step cache compares, in batch order."""
+        """Return what a step cache compares, in batch order."""
 
         def whole(name: str) -> Tensor:
             return scattered([front.hidden[name] for front in fronts], call.order)

@@ -74,7 +74,7 @@ def noise_seed(seed: int, edit_index: int) -> int:
 
 @dataclass(slots=True)
 class Comparison:
-    """What is compared, with what, and where to.
+    """Holds the policies and edits of a comparison, and the folder of its results.
 
     Attributes:
         pipe, engines: the pipeline, and the engine set that is attached to it for each run.

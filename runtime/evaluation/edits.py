@@ -28,7 +28,7 @@ _DEFAULT_SCENES = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EditPictures:
-    """What one edit shows.
+    """The pictures of one edit.
 
     Attributes:
         images: references in order, RGB.

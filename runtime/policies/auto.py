@@ -300,7 +300,7 @@ class AutoReducer(Reducer):
         return roles.count("anchor") / len(roles)
 
     def _drop_outlook(self, step: StepView, outcome: StepOutcome) -> Outlook | str:
-        """What TokenDrop would keep, or why it will not do."""
+        """Return what TokenDrop would keep, or why it cannot serve."""
         if self.drop.dense_because is not None:
             return self.drop.dense_because
         kept = None if outcome.reduction is None else outcome.reduction.kept

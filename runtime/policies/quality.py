@@ -33,7 +33,7 @@ CAP_DB = 100.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outlook:
-    """What is known of a reduction before it is used.
+    """Regressors that are known of a reduction before it is used.
 
     Attributes:
         ratio: share of the reference tokens that it keeps.

@@ -38,7 +38,7 @@ class Schedule:
                 raise UsageError(f"{name} must be an integer of at least {least}, got {value!r}")
 
     def role(self, step: int) -> Role:
-        """What step `step` (from 0) is: full and unscored, full and scored, or reduced."""
+        """Return the role of a step (from 0): full and unscored, full and scored, or reduced."""
         if step < self.warmup:
             return "full"
         after = step - self.warmup

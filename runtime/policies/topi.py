@@ -158,7 +158,7 @@ class ToPi(Reducer):
         return select_top(scores, self.count(scores, call))
 
     def count(self, scores: torch.Tensor, call: CallView) -> int:
-        """How many tokens a call keeps: the batch's largest count, rounded up by the ladder."""
+        """Return the number of kept tokens: the batch's largest, rounded up by the ladder."""
         from ditrim.runtime.tokens.selection import bounded_count, count_by_influence
 
         if self.ratio is None:

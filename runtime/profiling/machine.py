@@ -98,7 +98,7 @@ def load_average() -> float | None:
 
 
 def processor_name() -> str:
-    """What the CPU is called; its architecture where the system does not tell."""
+    """Return the CPU's name; its architecture where the system does not say."""
     names = _cpuinfo("model name")
     return names[0] if names else platform.processor() or platform.machine()
 
@@ -151,7 +151,7 @@ def memory_of_process() -> dict[str, int]:
 
 
 def begin_peak(device: torch.device | None = None) -> None:
-    """Begin a new peak of memory; see `peak_bytes`."""
+    """Reset the peak of memory that `peak_bytes` reads."""
     if device is not None and device.type == "cuda":
         import torch
 

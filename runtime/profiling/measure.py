@@ -182,7 +182,7 @@ class Meter:
         *,
         budget_s: float | None = None,
     ) -> None:
-        """Run all rounds; see `Rounds.run`."""
+        """Run all rounds of all sizes, as `Rounds.run` does."""
         self.rounds.run(self._round, repeats, warmup, on_round, budget_s=budget_s)
 
     def _round(self) -> None:
@@ -196,7 +196,7 @@ class Meter:
             self.add(PRODUCT, _PRODUCT_SIZE[name], 0, statistics.median(beats), PRODUCT_COST)
 
     def peak(self) -> Peak:
-        """What the device can do: by its data sheet, or on a CPU as measured in these rounds."""
+        """Return the device's peak: of its data sheet, or on a CPU as measured in these rounds."""
         if self.is_cuda:
             device = present_device(self.engines.device.index or 0)
             precision = self.manifest.precision
@@ -218,7 +218,7 @@ class Meter:
         )
 
     def rows(self) -> tuple[Row, ...]:
-        """What was measured: products, then size by size its parts, short before long."""
+        """Return all rows: products, then size by size its parts, short before long."""
         order = [site.size for site in self._sites]
         names = (PRODUCT, *PARTS)
 
@@ -439,7 +439,7 @@ def random_inputs(manifest: Manifest, geometry: Geometry, device: torch.device) 
 
 
 def profile_of(meter: Meter, settings: dict[str, Any], machine: dict[str, Any]) -> Profile:
-    """What a meter measured, with everything that it was measured on."""
+    """Return a meter's profile: its rows, with the engine set, the machine and the settings."""
     manifest = meter.manifest
     return Profile(
         engine={

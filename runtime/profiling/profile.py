@@ -25,7 +25,7 @@ _COVERAGE = 0.95
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Statistics:
-    """What samples say.
+    """Summary statistics of samples.
 
     Attributes:
         count: of samples.
@@ -156,7 +156,7 @@ class Row:
 
     @property
     def key(self) -> tuple[str, int, int, int, int, int]:
-        """What makes two rows the same thing."""
+        """Identifies a row: part, geometry and kept tokens."""
         return (self.part, *self.geometry, self.num_kept)
 
     @property
@@ -300,7 +300,7 @@ def describe_row(profile: Profile, row: Row) -> dict[str, Any]:
 
 
 def noise_complaint(profile: Profile) -> str | None:
-    """What to say where a machine was too noisy to say anything; none where it was not.
+    """Return a complaint where a machine was too noisy to measure; none where it was not.
 
     The criterion: in more than half of the rows of FRONT, BACK and anchors, the interval of the
     median reaches further than `max_noise` of the median to each side.
@@ -319,13 +319,13 @@ def noise_complaint(profile: Profile) -> str | None:
 
 
 def paired_ratio(first: Row, second: Row) -> Statistics:
-    """How many times as long the first took, round by round; what slows a round cancels."""
+    """Return the ratio of the first to the second, paired by round: what slows a round cancels."""
     pairs = zip(first.samples_ms, second.samples_ms, strict=True)
     return statistics_of([a / b for a, b in pairs])
 
 
 def ratios_of(profile: Profile, geometry: tuple[int, int, int, int]) -> dict[str, Statistics]:
-    """What follows from rows of the same rounds.
+    """Return ratios between rows of the same rounds.
 
     Returns:
         "scored": an anchor's BACK over the same length unscored. "outside": the share of a call

@@ -26,7 +26,7 @@ _TABLE_PRECISIONS = ("bf16", "fp16")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProjectionTarget:
-    """What a profile is projected to.
+    """The device that a profile is projected to.
 
     Attributes:
         name: for people.

@@ -70,7 +70,7 @@ class RunSchedule:
         return counts
 
     def anchors_in_words(self) -> str:
-        """Where the anchors are, as "interval 10"."""
+        """Return the places of the anchors in words, as "interval 10"."""
         return "default anchors" if self.interval is None else f"interval {self.interval}"
 
     def _schedule(self) -> Schedule:
@@ -142,7 +142,7 @@ def _numbers_in(text: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedRun:
-    """What a report of `edit-image` says of its calls.
+    """Calls of a run, from a report of `edit-image`.
 
     Attributes:
         calls: (role, reference tokens, kept tokens) of every call.
@@ -295,7 +295,7 @@ class StepTimes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduleEstimate:
-    """What a schedule will cost.
+    """Predicted time of a schedule.
 
     Attributes:
         schedule: asked for.

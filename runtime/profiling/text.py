@@ -172,7 +172,7 @@ def broken(lines: Iterable[str]) -> str:
 
 
 def schedule_lines(estimates: Sequence[ScheduleEstimate], profile: Profile) -> list[str]:
-    """What a schedule will cost at each size."""
+    """Return lines on the predicted time of a schedule at each size."""
     lines = []
     for estimate in estimates:
         schedule = estimate.schedule

@@ -39,7 +39,7 @@ _TIE = 1e-5  # gains in ToMA that differ by less are equal: two tokens left are 
 
 
 class TokenMerge(Protocol):
-    """What every way of merging returns."""
+    """Interface of what every way of merging returns."""
 
     @property
     def kept(self) -> Tensor:
@@ -413,7 +413,7 @@ def _segment_sums(rows: Tensor, sizes: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _TilePlan:
-    """How a sequence is cut: see `AttentionMerge`."""
+    """Cut of a sequence into tiles, as `AttentionMerge` merges them."""
 
     members: Tensor
     is_member: Tensor  # (T, n)

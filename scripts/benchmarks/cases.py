@@ -321,7 +321,7 @@ def _engines(options: BuildOptions, threads: int) -> tuple[Engines, float | None
 
 
 def _call_of(size: CallSize, grids: list[Grid], config: Any, embeds: Tensor) -> dict[str, Any]:
-    """What a pipeline gives its transformer."""
+    """Return the arguments that a pipeline gives its transformer."""
     generator = torch.Generator().manual_seed(0)
     tokens = size.num_noisy + size.num_reference
     return {

@@ -96,13 +96,13 @@ class Point:
 
     @property
     def reduced_ratio(self) -> float:
-        """What BACK at half of the references takes of BACK's time, over what is predicted."""
+        """BACK's time at half of the references over its full time, divided by the prediction."""
         measured_share = self.median_ms("reduced") / self.median_ms("back")
         return measured_share * self.flops("back") / self.flops("reduced")
 
     @property
     def predicted_bytes(self) -> int:
-        """What `build-engine --dry-run` expects the graphs and what goes between them to take."""
+        """Bytes that `build-engine --dry-run` predicts for graphs and what goes between them."""
         engine, row = self.profile.engine, self.rows["front"]
         names = ("num_noisy", "num_reference", "num_text", "batch")
         size = CallSize(**{name: getattr(row, name) for name in names})
@@ -293,7 +293,7 @@ def _marks(entry: dict[str, Any]) -> list[tuple[int, int]]:
 
 
 def bytes_each(entry: dict[str, Any]) -> float:
-    """What a step or request left behind, on the mean over the later half of them."""
+    """Bytes that a step or request left behind, mean over the later half of them."""
     marks = _marks(entry)
     last = marks[-1]
     middle = next(mark for mark in marks if mark[0] >= last[0] / 2)
@@ -342,7 +342,7 @@ _OTHERS: dict[str, Callable[[Sequence[dict[str, Any]]], Iterator[Section]]] = {
 
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:
-    """What decides, for one line of JSON."""
+    """Return the figures that decide, for one line of JSON."""
     found: dict[str, Any] = {}
     for axis in AXES:
         points = points_of(result.get(axis, []))

@@ -173,7 +173,7 @@ def summary(samples: Sequence[float]) -> dict[str, Any]:
 
 
 def ratio(slower: Sequence[float], faster: Sequence[float]) -> dict[str, Any]:
-    """How many times as fast, paired round by round."""
+    """Return the speed-up, paired round by round."""
     return summary([a / b for a, b in zip(slower, faster, strict=True)])
 
 

@@ -341,7 +341,7 @@ def _build(arguments: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
 
 
 def _activations(sizes: Sequence[int] | None) -> str:
-    """What the library said that a plan's activations take, from the shortest to the longest."""
+    """Return a plan's activation memory by the library's log, from the shortest to the longest."""
     if not sizes:
         return ""
     return f", activations {format_bytes(min(sizes))} to {format_bytes(max(sizes))}"

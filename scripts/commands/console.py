@@ -118,7 +118,7 @@ def _ranged(kind: Callable[[str], Any], least: float, most: float | None) -> Cal
 
 
 class Terminal:
-    """Where a command speaks: results on stdout, everything else on stderr."""
+    """Writes a command's output: results on stdout, everything else on stderr."""
 
     def __init__(self, *, is_json: bool, is_verbose: bool, is_quiet: bool) -> None:
         self.is_json, self.is_verbose, self.is_quiet = is_json, is_verbose, is_quiet
@@ -178,7 +178,7 @@ class Terminal:
             self.console.print(escape(name), soft_wrap=True)
 
     def update(self, done: int, total: int, unit: str = "bytes") -> None:
-        """How much of this stage is done, and in all; in bytes, or in steps shown as a share."""
+        """Show how much of this stage is done of how much; in bytes, or in steps as a share."""
         if self._progress is not None and self._task is not None:
             amount = f"{done / 1e6:,.0f} / {total / 1e6:,.0f} MB"
             if unit != "bytes":

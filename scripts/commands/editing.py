@@ -138,7 +138,7 @@ class Opened:
         return self.engines.engine_set
 
     def pipeline(self) -> Any:
-        """Load the pipeline around the engines, on their device; see `load_pipeline`."""
+        """Load the pipeline around the engines with `load_pipeline`, on their device."""
         if self._pipe is None:
             self._pipe = self._make()
         return self._pipe

@@ -233,7 +233,7 @@ def _settings(
     contenders: Sequence[Contender],
     has_lpips: bool,
 ) -> dict[str, Any]:
-    """What a comparison is; see `open_folder`."""
+    """Return the settings of a comparison, as `open_folder` takes them."""
     from ditrim.runtime.editing.pipelines import default_steps
     from ditrim.runtime.policy_text import policy_to_text
     from ditrim.runtime.profiling.machine import library_versions
@@ -264,7 +264,7 @@ def _settings(
 
 
 def machine_name(engines: Engines) -> str:
-    """What the runs are timed on."""
+    """Return the name of the machine that the runs are timed on."""
     if engines.device.type == "cuda":
         import torch
 

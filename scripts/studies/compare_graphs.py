@@ -105,7 +105,7 @@ def load(path: Path, threads: int) -> dict[str, Any]:
 
 
 def optimised_nodes(path: Path) -> dict[str, int]:
-    """How often each operator is in the graph that ONNX Runtime runs."""
+    """Count each operator in the graph that ONNX Runtime runs."""
     import onnx
     import onnxruntime as ort
 
@@ -220,7 +220,7 @@ def compare(root: Path, stored: str, tokens: int, repeats: int, threads: int) ->
 
 
 def run_as_stage(name: str, arguments: list[str]) -> Any:
-    """What a process of its own does."""
+    """Run one stage in this process and return its result."""
     path = Path(arguments[0])
     if name == "make":
         return make_graphs(path, arguments[1])

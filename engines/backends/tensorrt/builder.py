@@ -43,7 +43,7 @@ class Steps(Protocol):
 
 
 def choose_target(options: PlanOptions, gpu: Gpu | None) -> Target:
-    """What to build for, checked against the GPU that is there.
+    """Return the build target, checked against the GPU of this machine.
 
     Raises:
         BackendError: a GPU is needed and there is none, or it cannot do what is asked.
@@ -73,7 +73,7 @@ def choose_target(options: PlanOptions, gpu: Gpu | None) -> Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LibraryFacts:
-    """What the library in the worker says of itself.
+    """Version and defaults of the library that the worker imports.
 
     Attributes:
         version: the library's.

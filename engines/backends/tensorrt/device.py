@@ -127,7 +127,7 @@ class Hardware(Protocol):
         ...
 
     def capture(self, stream: Any, enqueue: Callable[[], bool]) -> Any:
-        """What `enqueue` queues on the stream as a graph, which is not run.
+        """Capture what `enqueue` queues on the stream as a graph, without running it.
 
         Raises:
             CaptureError: it cannot be captured.

@@ -176,7 +176,7 @@ def _make_logger(module: Any) -> Any:
 
 @contextmanager
 def log_captured() -> Iterator[list[tuple[str, str]]]:
-    """What the library complains of meanwhile, and memory figures, as (severity, message)."""
+    """Collect the library's complaints and memory figures meanwhile, as (severity, message)."""
     lines: list[tuple[str, str]] = []
     _captures.append(lines)
     try:

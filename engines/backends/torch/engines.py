@@ -61,7 +61,7 @@ class TorchEngines:
 
     @property
     def device(self) -> torch.device:
-        """Where the transformer computes, also where its weights wait elsewhere."""
+        """The device that the transformer computes on, also where its weights are offloaded."""
         return execution_device(self.transformer)
 
     @property
@@ -146,13 +146,13 @@ class TorchEngines:
 
 
 def dtype_of(transformer: Any) -> torch.dtype:
-    """What a transformer computes in; quantised ones say it of what is not quantised."""
+    """Return the dtype of a transformer; of a quantised one, that of its other weights."""
     dtype = transformer.dtype
     return dtype if dtype in {item.dtype for item in PRECISIONS.values()} else torch.bfloat16
 
 
 def execution_device(transformer: Any) -> torch.device:
-    """Where a transformer computes; offload hooks bring the weights there."""
+    """Return the device that a transformer computes on; offload hooks bring the weights there."""
     for module in transformer.modules():
         hook = getattr(module, "_hf_hook", None)
         device = getattr(hook, "execution_device", None)
