@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class _Turn:
-    """Lets one thread load what another one waits for."""
+    """Lock that makes concurrent loads of one engine set wait for the first."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()

@@ -27,7 +27,7 @@ class SensitivityRecorder:
     """Sums of `A[h, i, j]` over heads, noisy rows and reference columns, call by call.
 
     `A` is the joint attention matrix over text, noisy and reference keys: a softmax over the
-    reference keys alone would sum to 1 in every row and tell nothing.
+    reference keys alone would sum to 1 in every row, whatever the layer.
 
     Attributes:
         raw: an entry a call: one sum a layer (ToPi Eq. 4 before the expectation).

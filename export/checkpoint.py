@@ -25,7 +25,7 @@ WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 INDEX_NAME = WEIGHTS_NAME + ".index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-# Keys that tell one family from another in config.json; absent means false.
+# Keys that distinguish the families in config.json; absent means false.
 _TELLING_KEYS = ("zero_cond_t", "guidance_embeds")
 
 

@@ -28,7 +28,7 @@ class LoraSettings(BaseModel):
     use_dora: bool | None = None
 
     def factor(self, module: str, rank: int, alpha: Tensor | None, where: str) -> float:
-        """alpha / rank of a layer; alpha is the rank where nobody says otherwise."""
+        """alpha / rank of a layer; alpha defaults to the rank."""
         value = self.lora_alpha if self.lora_alpha is not None else float(rank)
         if alpha is not None:
             if alpha.numel() != 1:

@@ -210,7 +210,7 @@ class Policy(Protocol):
         """Return a reducer for one request.
 
         Args:
-            num_steps: how many steps it will have; none where nobody knows.
+            num_steps: number of steps it will have; none where it is not known.
         """
         ...
 

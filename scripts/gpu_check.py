@@ -57,7 +57,7 @@ HEADS, WIDTH, TOKENS, TEXT = 24, 128, 4096, 512
 STACK_LAYERS = 4
 STACK_RUNGS = tuple(range(512, TOKENS + 1, 512))
 SHAPE_CHANGES = 200
-# They tell a wrong tensor from rounding: copying the source gives 13 dB.
+# They separate a wrong tensor from rounding: copying the source gives 13 dB.
 LEAST_PSNR_DB = {"fp32": 50.0, "fp16": 35.0, "bf16": 25.0}
 _NO_GPU = "no CUDA device"
 

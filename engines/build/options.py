@@ -423,7 +423,7 @@ class BuildOptions:
         return Path("engines-out") / name
 
     def shaping(self) -> dict[str, Any]:
-        """Return what besides K, L, configuration and weights decides the set, defaults resolved."""
+        """Return what decides the set besides K, L, configuration and weights, all resolved."""
         limits, ladder = self.limits, self.reference_ladder
         shaping: dict[str, Any] = {
             "model": self.model,

@@ -172,7 +172,7 @@ class AutoReducer(Reducer):
     Attributes:
         policy: its options.
         coverage, drop: the two that may be chosen.
-        num_steps: of the request; none where nobody knows.
+        num_steps: of the request; none where it is not known.
         chosen: what works from the choice on; none before it.
         coverage_outlook: what coverage would keep, of the branch that would keep most.
         facts: what the report says.

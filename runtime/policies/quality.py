@@ -1,4 +1,4 @@
-"""What a reduction is expected to cost: PSNR against the full context, by what it gives up.
+"""Predicts the PSNR of a reduction from the influence and tokens that it drops.
 
 A least-squares fit a method over runs of an edit set: PSNR by the influence that is given up, the
 tokens that are given up (both on a decimal log scale), and how far the edit spreads. It holds for

@@ -1,7 +1,7 @@
 """The machine that something is measured on: its name, instruction sets, clocks, load, memory and
 versions; and the memory and time that this process and others take of it.
 
-What psutil does not tell is read from Linux's `/proc`, here and nowhere else. Importing this module
+What psutil lacks is read from Linux's `/proc`, here and nowhere else. Importing this module
 loads neither torch nor psutil.
 """
 
@@ -86,7 +86,7 @@ def clocks(is_cuda: bool) -> dict[str, Any]:
     try:
         return {"mhz": [round(rate.current) for rate in psutil.cpu_freq(percpu=True)]}
     except (AttributeError, NotImplementedError, OSError):
-        return {"mhz": None}  # the system does not tell
+        return {"mhz": None}  # the system does not report it
 
 
 def load_average() -> float | None:

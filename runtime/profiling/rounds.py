@@ -34,7 +34,7 @@ class Rounds:
 
     def add(self, key: Hashable, milliseconds: float) -> None:
         """Add a sample, at least one tick of the clock."""
-        # A clock's tick is the least that it can tell.
+        # A clock's tick is the least that it can measure.
         self.samples.setdefault(key, []).append(max(milliseconds, 1e-6))
 
     def timed(self, key: Hashable, run: Callable[[], _T]) -> _T:

@@ -368,7 +368,7 @@ def estimate_schedule(
 
 
 def _intervals(schedule: RunSchedule) -> Sequence[int]:
-    """Intervals worth telling: up to ten, halves and thirds of the run, and a single anchor."""
+    """Return the intervals to report: up to ten, halves and thirds of the run, and one anchor."""
     steps = max(1, schedule.steps - schedule.warmup)
     parts = {-(-steps // part) for part in range(1, 9)}
     own = () if schedule.interval is None else (schedule.interval,)

@@ -87,7 +87,7 @@ def _parser() -> CommandParser:
     split.add_argument(
         "--score-details",
         action="store_true",
-        help="let BACK tell three scores of each of its layers, which ToPi's ablations read",
+        help="let BACK return three scores of each of its layers, which ToPi's ablations read",
     )
     engine = parser.add_argument_group("engine")
     engine.add_argument(

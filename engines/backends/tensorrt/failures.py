@@ -38,7 +38,7 @@ def explain_failure(lines: list[str], backend: str, request: PlanRequest | None)
     """Return the cause of a failed build and the remedy, from the library's messages.
 
     Args:
-        lines: its complaints, the most telling of which is looked for.
+        lines: its complaints, the most specific of which is chosen.
         backend: "tensorrt" or "tensorrt-rtx".
         request: what was to be built; none for questions to the library.
     """
