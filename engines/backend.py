@@ -16,12 +16,12 @@ class Engines(Protocol):
 
     @property
     def engine_set(self) -> EngineSet:
-        """What was loaded."""
+        """The engine set that was loaded."""
         ...
 
     @property
     def device(self) -> torch.device:
-        """Where inputs and outputs live."""
+        """The device of inputs and outputs."""
         ...
 
     @property
@@ -31,7 +31,7 @@ class Engines(Protocol):
 
     @property
     def choice(self) -> str:
-        """What runs them and why, one sentence."""
+        """One sentence that names the execution provider and why it was chosen."""
         ...
 
     def run(

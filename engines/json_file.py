@@ -81,7 +81,7 @@ def value_from(kind: type[_T], content: Any, *, where: str = "", extra: _Extra =
     """Make a dataclass of parsed JSON, its fields and theirs checked strictly.
 
     Args:
-        kind: the dataclass; what its `__post_init__` refuses is told with the key's name.
+        kind: the dataclass; errors of its `__post_init__` are reported with the key's name.
         content: as parsed.
         where: the key that it was found at.
         extra: whether keys that it does not have are an error.

@@ -26,7 +26,7 @@ def torch_engines(
 
     Args:
         pipe: a diffusers pipeline, or a transformer by itself.
-        model: the family's name where the pipeline does not tell it; see `build-engine --model`.
+        model: the family's name where the pipeline does not name it; see `build-engine --model`.
         front_depth: K, the first layers that always see the full context (ToPi App. B); the
             family's by default, scaled to the transformer's depth.
         layers: L, the layers whose attention is scored (ToPi App. C.3); the family's by default.

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class _Turn:
-    """Lets one thread load what another one waits for."""
+    """Lock that makes concurrent loads of one engine set wait for the first."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -139,7 +139,7 @@ def _device_name(backend: str, device: str) -> str:
 
 
 def _stamp(path: Path) -> tuple[int, ...]:
-    """What changes when a file is written or replaced, or which folder it is; empty for nothing."""
+    """Return file status that changes with each write, or a folder's identity; empty if missing."""
     try:
         info = path.stat()
     except OSError:

@@ -68,7 +68,7 @@ _SCORE_OUTPUTS = {"plain": [], "score": ["influence"], "detail": ["scores"]}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Kind:
-    """What makes two blocks the same function.
+    """Key of an ONNX function: blocks of equal keys share one.
 
     Attributes:
         block: the class's name.
@@ -82,7 +82,7 @@ class _Kind:
 
     @property
     def is_scored(self) -> bool:
-        """Whether it takes `score_rows`."""
+        """Whether the block takes `score_rows`."""
         return self.role != "plain"
 
     @property
@@ -95,7 +95,7 @@ class _Kind:
 
     @property
     def op_type(self) -> str:
-        """What the function is called."""
+        """Name of the ONNX function."""
         return self.block + _SUFFIXES[self.role] + "Last" * self.is_last
 
 

@@ -27,7 +27,7 @@ class SensitivityRecorder:
     """Sums of `A[h, i, j]` over heads, noisy rows and reference columns, call by call.
 
     `A` is the joint attention matrix over text, noisy and reference keys: a softmax over the
-    reference keys alone would sum to 1 in every row and tell nothing.
+    reference keys alone would sum to 1 in every row, whatever the layer.
 
     Attributes:
         raw: an entry a call: one sum a layer (ToPi Eq. 4 before the expectation).
@@ -132,7 +132,7 @@ class Calibration:
     seed: int
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return the calibration as JSON-ready values."""
         return {
             "model": self.model,
             "front_depth": self.front_depth,
@@ -166,7 +166,7 @@ def top_layers(sensitivity: tuple[float, ...], front_depth: int, count: int) -> 
 
 
 def mean_curve(curves: list[list[float]]) -> tuple[float, ...]:
-    """Mean a layer over calls."""
+    """Return each layer's mean over calls."""
     return tuple(sum(values) / len(values) for values in zip(*curves, strict=True))
 
 

@@ -25,7 +25,7 @@ WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 INDEX_NAME = WEIGHTS_NAME + ".index.json"
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-# Keys that tell one family from another in config.json; absent means false.
+# Keys that distinguish the families in config.json; absent means false.
 _TELLING_KEYS = ("zero_cond_t", "guidance_embeds")
 
 
@@ -102,20 +102,20 @@ def _weight_files(folder: Path, variant: str | None) -> tuple[str, ...]:
         return _shards_of(folder, index_name)
     if (folder / weights_name).is_file():
         return (weights_name,)
-    found = sorted(path.name for path in folder.iterdir() if path.is_file())
-    pickles = [name for name in found if name.endswith(_PICKLES)]
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    pickles = [name for name in names if name.endswith(_PICKLES)]
     if pickles:
         raise CheckpointError(
             f"checkpoint {folder} holds its weights as pickles ({', '.join(pickles[:3])}), which "
             "can run code and are never opened; convert them with save_pretrained("
             "safe_serialization=True) or download the safetensors files"
         )
-    others = [name for name in found if name.endswith(".safetensors")]
+    others = [name for name in names if name.endswith(".safetensors")]
     hint = f"; found {', '.join(others[:3])}, which has another name" if others else ""
-    there = _variants_in(found)
-    if there - {variant}:
+    variants = _variants_in(names)
+    if variants - {variant}:
         choices = " or ".join(
-            "none" if name is None else f"--variant {name}" for name in sorted(there, key=str)
+            "none" if name is None else f"--variant {name}" for name in sorted(variants, key=str)
         )
         hint = f"; it has other variants: give {choices}"
     raise CheckpointError(

@@ -148,7 +148,7 @@ def trace_graph(
 def graph_arguments(
     parameters: Iterable[str], inputs: Mapping[str, Tensor], names: Container[str]
 ) -> tuple[dict[str, Tensor | None], dict[str, dict[int, Any] | None]]:
-    """What a graph's `forward` takes, none for what is not in `names`, and the free axes of it."""
+    """Return the arguments of a graph's `forward`, none for those not in `names`, and free axes."""
     kwargs = {name: inputs[name] if name in names else None for name in parameters}
     free = torch.export.Dim.DYNAMIC
     dynamic = {

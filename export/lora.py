@@ -102,7 +102,7 @@ def _checked(location: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
-    """What a LoRA's layer means for one weight: rows of its product, in an order."""
+    """The part of a LoRA layer's product that one weight takes: rows, in an order."""
 
     weight: str
     rows: tuple[tuple[int, int], ...] | None = None  # none takes all
@@ -196,9 +196,9 @@ def _fetch(location: str, hub_id: str, name: str) -> Path:
         if len(found) == 1:
             return found[0]
     except (LocalEntryNotFoundError, HFValidationError):
-        pass  # asked for below, where every failure is told
+        pass  # asked for below, where every failure is reported
     try:
-        if not name:  # which one is meant, the whole repository tells, not what is cached of it
+        if not name:  # the whole repository decides which one is meant, not its cached part
             files = [Path(file) for file in HfApi().list_repo_files(hub_id)]
             name = _only_file([f for f in files if f.suffix == _SUFFIX], location).as_posix()
         patterns = [name, "adapter_config.json"]
@@ -237,7 +237,7 @@ def read_merge(
 def _targets(
     shapes: Mapping[str, tuple[int, ...]], architecture: str
 ) -> dict[str, tuple[_Part, ...]]:
-    """What each module name that a LoRA can use means: dotted, and joined by underscores."""
+    """Return the weights by every module name that a LoRA can use: dotted, or with underscores."""
     parts: dict[str, tuple[_Part, ...]] = {
         name.removesuffix(".weight"): (_Part(weight=name),)
         for name, shape in shapes.items()
@@ -278,7 +278,7 @@ def _stacked(weights: list[str], shapes: Mapping[str, tuple[int, ...]]) -> Itera
 
 @dataclass(slots=True)
 class _Layer:
-    """What a file holds of one module."""
+    """The tensors that a file holds of one module."""
 
     up: str | None = None
     down: str | None = None
@@ -437,7 +437,7 @@ def _check_shapes(
 
 
 def _finite(tensor: Tensor, where: str) -> Tensor:
-    """A tensor in float32."""
+    """Return the tensor in float32; raise where a value is not finite."""
     import torch
 
     values = tensor.to(torch.float32)

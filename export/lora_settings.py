@@ -20,7 +20,7 @@ _METADATA = "lora_adapter_metadata"
 
 
 class LoraSettings(BaseModel):
-    """What a file's metadata, or peft's adapter_config.json beside it, say of its scaling."""
+    """Scaling of a LoRA, from its file's metadata or peft's adapter_config.json beside it."""
 
     lora_alpha: float | None = None
     alpha_pattern: dict[str, float] | None = None
@@ -28,7 +28,7 @@ class LoraSettings(BaseModel):
     use_dora: bool | None = None
 
     def factor(self, module: str, rank: int, alpha: Tensor | None, where: str) -> float:
-        """alpha / rank of a layer; alpha is the rank where nobody says otherwise."""
+        """alpha / rank of a layer; alpha defaults to the rank."""
         value = self.lora_alpha if self.lora_alpha is not None else float(rank)
         if alpha is not None:
             if alpha.numel() != 1:
@@ -59,8 +59,8 @@ def read_settings(path: Path, metadata: Mapping[str, str], beside: Path | None) 
     """
     try:
         if _METADATA in metadata:
-            told = json.loads(metadata[_METADATA])
-            values = {key.removeprefix("transformer."): value for key, value in told.items()}
+            stored = json.loads(metadata[_METADATA])
+            values = {key.removeprefix("transformer."): value for key, value in stored.items()}
         elif beside is not None:
             values = json.loads(beside.read_text("utf-8"))
         else:

@@ -43,7 +43,7 @@ def write_merged(
         weights: where the unchanged weights lie.
         dtype: of the tensors that are written.
         folder: of the engine set.
-        on_weight: told the name of each and its merged values, in float32.
+        on_weight: called with the name of each and its merged values, in float32.
 
     Returns:
         an index in which the changed weights lie in the new file.

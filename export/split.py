@@ -55,7 +55,7 @@ class SplitPoint:
 
     @property
     def back_layers(self) -> tuple[int, ...]:
-        """All layers of BACK."""
+        """Indices of BACK's layers: [K, N)."""
         return tuple(range(self.front_depth, self.num_layers))
 
     def scoring_roles(self, *, scored: bool = True, detailed: bool = False) -> dict[int, str]:
@@ -168,7 +168,7 @@ class _Graph(nn.Module):
 class FrontGraph(_Graph):
     """Embeddings and blocks [0, K), always over the full context (ToPi Alg. 1, DiT_front).
 
-    See `front_input_names` and `front_output_names` for the tensors, in order.
+    `front_input_names` and `front_output_names` list the tensors, in order.
     """
 
     def __init__(self, transformer: Any, point: SplitPoint, *, as_onnx_node: bool = False) -> None:
@@ -240,7 +240,7 @@ class BackGraph(_Graph):
     """Blocks [K, N), the output layers and the score, at any reference length K' <= C.
 
     Without `score_rows` it computes the velocity alone; where its blocks have the role "detail", it
-    tells the scores of every layer too. See `back_input_names` and `back_output_names` for the
+    returns the scores of every layer too. `back_input_names` and `back_output_names` list the
     tensors, in order.
     """
 

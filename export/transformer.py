@@ -113,7 +113,7 @@ def load_transformer(
         revision: for a hub id.
         seed: for random weights.
         config: for random weights, differences from the family's configuration.
-        on_bytes: told the bytes loaded so far and the bytes in all.
+        on_bytes: called with the bytes loaded so far and the bytes in all.
         change: what becomes of a weight, given its name, before it is cast; for checkpoints.
 
     Raises:

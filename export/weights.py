@@ -2,7 +2,7 @@
 
 Replaces: a second copy of the weights in the engine set. Limits: a hard link needs the checkpoint
 and the set on one file system; elsewhere the files are copied. Trade-off: a linked file is the
-checkpoint's own, so whoever writes into one in place changes the set too (its hashes tell).
+checkpoint's own, so whoever writes into one in place changes the set too (its hashes reveal it).
 """
 
 from __future__ import annotations

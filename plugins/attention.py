@@ -25,7 +25,7 @@ from ditrim.plugins.log_sum_exp import influence, reference_column_sums
 
 @dataclass(slots=True, kw_only=True)
 class JointContext:
-    """What a graph hands through diffusers' blocks in the place of `image_rotary_emb`.
+    """Context that a graph passes through diffusers' blocks in the place of `image_rotary_emb`.
 
     T text, G noisy and C reference tokens, in this order in the joint sequence of N tokens.
 
@@ -34,7 +34,7 @@ class JointContext:
         num_text, num_noisy: T and G.
         score_rows: (R,) int64, noisy rows that a scoring layer scores; none if nothing is scored.
         influences: one (B, C) float32 a scoring layer, in layer order (ToPi Eq. 9).
-        details: one (B, 3, C) float32 a layer that tells its scores; see `detailed_scores`.
+        details: one (B, 3, C) float32 a layer that returns its scores; see `detailed_scores`.
         sensitivities: one (B,) float32 a measured layer (ToPi Eq. 4, one sample's sum).
         as_onnx_node: score with ONNX nodes rather than by computing.
         processor: what a live processor hands a call to (the torch backend's).
@@ -115,7 +115,7 @@ def key_similarity(noisy_keys: Tensor, reference_keys: Tensor) -> Tensor:
         reference_keys: (B, H, C, D).
 
     Returns:
-        (B, C) float32 in [0, 1]: (1 + cosine) / 2, mean over rows and heads; nought is opposite.
+        (B, C) float32 in [0, 1]: (1 + cosine) / 2, mean over rows and heads; 0 is opposite.
     """
     mean = F.normalize(noisy_keys.float(), dim=-1).mean(dim=2, keepdim=True)  # (B, H, 1, D)
     cosines = (F.normalize(reference_keys.float(), dim=-1) * mean).sum(dim=-1)  # (B, H, C)

@@ -19,7 +19,7 @@ RTX_ROWS, RTX_LEAST_BLOCKS, RTX_MOST_BLOCKS = 256, 8, 16
 
 
 def num_row_blocks(num_rows: int) -> int:
-    """How many blocks TensorRT-RTX's form unrolls where up to so many rows are scored."""
+    """Return the number of blocks that TensorRT-RTX's form unrolls, by the most rows scored."""
     if num_rows <= RTX_ROWS:
         return 1
     return min(max(-(-num_rows // RTX_ROWS), RTX_LEAST_BLOCKS), RTX_MOST_BLOCKS)

@@ -34,7 +34,7 @@ _DTYPES = ("float16", "bfloat16")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
-    """How the work is cut for one head width.
+    """Tile sizes of the kernel for one head width.
 
     Attributes:
         padded_width: the head width, rounded up to a power of two; what is added reads as zero.

@@ -57,7 +57,7 @@ class Layout:
 
     @property
     def grids(self) -> tuple[TokenGrid, ...]:
-        """Of all pictures, that in the making first."""
+        """Token grids of all pictures, the noisy one first."""
         return (self.noisy, *self.references)
 
     @property
@@ -69,10 +69,10 @@ class Layout:
 
     @property
     def num_noisy(self) -> int:
-        """G."""
+        """Number of noisy tokens, G."""
         return self.noisy[0] * self.noisy[1]
 
     @property
     def num_reference(self) -> int:
-        """C, of all references together."""
+        """Number of reference tokens of all references together, C."""
         return sum(lengths_of(self.references))

@@ -17,12 +17,12 @@ OPSET = 23
 
 
 def int_constant(name: str, *values: int) -> onnx.NodeProto:
-    """A 1-d int64 constant."""
+    """Return a Constant node that holds a 1-d int64 tensor."""
     return helper.make_node("Constant", [], [name], value_ints=list(values))
 
 
 def float_constant(name: str, value: float) -> onnx.NodeProto:
-    """A float32 scalar."""
+    """Return a Constant node that holds a float32 scalar."""
     tensor = helper.make_tensor(name, TensorProto.FLOAT, [], [value])
     return helper.make_node("Constant", [], [name], value=tensor)
 
@@ -53,7 +53,7 @@ def function_of(nodes: list[onnx.NodeProto]) -> FunctionProto:
 
 
 def prepared_nodes() -> list[onnx.NodeProto]:
-    """What every form begins with: `scaled` rows in float32, `axis_2`, and what the blocks read."""
+    """Return the nodes that every form begins with: `scaled` rows, `axis_2`, the blocks' inputs."""
     return [
         scale_constant("scale_f"),
         helper.make_node("Cast", ["queries"], ["queries_f"], to=TensorProto.FLOAT),

@@ -29,7 +29,7 @@ class Precision:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of torch."""
+        """The torch dtype of this type."""
         import torch
 
         dtype: torch.dtype = getattr(torch, self.torch_name)

@@ -56,14 +56,14 @@ class Attachment:
 
     @property
     def report(self) -> RunReport:
-        """What the current or last request of this thread did."""
+        """Report of this thread's current or last request."""
         return self.transformer.report
 
     def request(self) -> AbstractContextManager[OpenRequest]:
         """Open a request for a loop of your own over `pipe.transformer` and `pipe.scheduler`.
 
-        A pipeline's call opens its own. Inside the block, `pipe.scheduler` tells the policy of its
-        steps, so take the scheduler there.
+        A pipeline's call opens its own. Inside the block, `pipe.scheduler` reports its steps to the
+        policy, so take the scheduler there.
 
         Raises:
             UsageError: this thread is inside a request already, as where two generators take turns.

@@ -104,7 +104,7 @@ def check_live(transformer: Any, held: Any) -> None:
 
 
 def dtype_of(transformer: Any) -> torch.dtype:
-    """What a pipeline's tensors are made in beside this transformer."""
+    """Return the dtype of the tensors that a pipeline makes for this transformer."""
     dtype = unwrapped(transformer).dtype
     return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float32
 
@@ -221,11 +221,11 @@ class _Weights:
 
 def _check_weights(transformer: Any, engine_set: EngineSet) -> None:
     manifest = engine_set.manifest
-    found = _weights_of(transformer)
+    current = _weights_of(transformer)
     merged = {name: decode_samples(text) for name, text in manifest.merged_weights.items()}
-    if found.names and not merged:
+    if current.names and not merged:
         raise UsageError(
-            f"the pipeline's transformer has the active adapter {', '.join(found.names)}, which "
+            f"the pipeline's transformer has the active adapter {', '.join(current.names)}, which "
             "the engine set was built without: unload it (pipe.unload_lora_weights()), or merge it "
             f"into a set with: {engine_set.rebuild_command()} --lora FILE:SCALE"
         )
@@ -237,12 +237,12 @@ def _check_weights(transformer: Any, engine_set: EngineSet) -> None:
         )
         return
     stored = {name: decode_samples(text) for name, text in manifest.weights.items()}
-    owned = {name: _samples_in(found, name, engine_set) for name in stored}
-    differing = _differing(found, stored, owned, merged)
-    if found.names and not differing and any(name not in found.adapters for name in merged):
-        differing = [name for name in merged if name not in found.adapters]
+    owned = {name: _samples_in(current, name, engine_set) for name in stored}
+    differing = _differing(current, stored, owned, merged)
+    if current.names and not differing and any(name not in current.adapters for name in merged):
+        differing = [name for name in merged if name not in current.adapters]
     if differing:
-        _refuse_other_weights(differing, found.names, engine_set)
+        _refuse_other_weights(differing, current.names, engine_set)
 
 
 def _differing(
@@ -346,7 +346,7 @@ def _acting_adapters(layer: Any) -> list[str]:
 
 
 def _change_of(layer: Any, adapter: str, name: str, shape: tuple[int, ...]) -> Floats:
-    """What an adapter adds to the sampled places of a weight."""
+    """Return what an adapter adds to the sampled places of a weight."""
     is_plain = adapter in getattr(layer, "lora_A", {}) and len(shape) == 2
     if not is_plain or adapter in getattr(layer, "lora_magnitude_vector", {}):
         raise UsageError(

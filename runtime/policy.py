@@ -30,7 +30,7 @@ Role = Literal["full", "anchor", "reduced"]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Reduction:
-    """What reduced steps run on.
+    """The tokens that reduced steps run on.
 
     Attributes:
         kept: (B, K') int64, ascending: reference tokens; none means all of them.
@@ -54,7 +54,7 @@ class CallView:
         step: from 0; branch: "cond" or "uncond".
         ladder: of the engine set.
         grids: (height, width) in tokens of the noisy picture and of each reference, where the
-            caller's geometry tells.
+            caller's geometry says so.
         noisy: (B, G, d), reference: (B, C, d): FRONT's outputs; none where the reducer does not
             read features.
         influence: (B, C) float32 (ToPi Eq. 9), on an anchor.
@@ -138,7 +138,7 @@ class StepView:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class StepOutcome:
-    """What a reducer makes of a finished step.
+    """Result of a reducer's `finish_step`.
 
     Attributes:
         latents: (B, G, c) to go on from; none leaves the scheduler's own.
@@ -204,13 +204,13 @@ class Reducer:
 
 
 class Policy(Protocol):
-    """Which tokens steps run on. Holds nothing of a request and can be shared."""
+    """Decides which tokens steps run on. Holds nothing of a request and can be shared."""
 
     def begin(self, num_steps: int | None = None) -> Reducer:
-        """Make what works on one request.
+        """Return a reducer for one request.
 
         Args:
-            num_steps: how many steps it will have; none where nobody knows.
+            num_steps: number of steps it will have; none where it is not known.
         """
         ...
 

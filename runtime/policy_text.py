@@ -170,7 +170,7 @@ def _unknown(name: str, option: str, allowed: list[str]) -> str:
 
 @functools.lru_cache
 def _hints(cls: Any) -> dict[str, tuple[Field[Any], Any]]:
-    """What a dataclass is made with: each field and its type.
+    """Return the fields of a dataclass with their types.
 
     Types are looked up one by one, where their class was written: other annotations of the class
     may name what is imported for type checking only.
@@ -323,7 +323,7 @@ def _word(value: Any) -> str:
 
 
 def _allowed(hint: Any) -> str:
-    """What a type takes, in words."""
+    """Return the values that a type takes, in words."""
     origin, parts = get_origin(hint), get_args(hint)
     plain = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
     if hint is NoneType:

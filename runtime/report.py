@@ -55,7 +55,7 @@ class StepRecord:
 
     @property
     def total_ms(self) -> float:
-        """Everything the call took, in milliseconds."""
+        """Time of the whole call, milliseconds."""
         return self.front_ms + self.gather_ms + self.back_ms + self.select_ms + self.other_ms
 
 
@@ -85,7 +85,7 @@ class RunReport:
 
     @property
     def back_calls(self) -> int:
-        """Calls that ran BACK."""
+        """Number of calls that ran BACK."""
         return len(self.steps) - len(self.of_role("reuse"))
 
     @property
@@ -151,7 +151,7 @@ class _Engine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WrittenReport:
-    """What others read of a file that `edit-image --report` wrote."""
+    """The parts of an `edit-image --report` file that other commands read."""
 
     run: _Run
     engine: _Engine

@@ -108,7 +108,7 @@ class EditSession:
 
     @property
     def report(self) -> RunReport:
-        """What the current or last run did."""
+        """Report of the current or last run."""
         return self._request.report
 
     def denoise(

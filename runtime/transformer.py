@@ -53,7 +53,7 @@ _OF_WEIGHTS = (
     *("modules", "named_modules", "parameters", "named_parameters", "buffers", "named_buffers"),
     *("children", "named_children", "to", "half", "float", "bfloat16", "cpu", "cuda"),
 )
-# The first word that a method's name holds tells why, and what to do.
+# The first of these words in a method's name decides the reason and the remedy.
 _REMEDIES = (
     (
         ("lora", "adapter"),
@@ -120,10 +120,10 @@ class OpenRequest:
         """Begin a step if this call begins one; the request, the branch and the timestep.
 
         Where a loop does without `pipe.scheduler`, another timestep, or a branch that has run
-        already, tells that a step ended, and a timestep that rises that a request did.
+        already, means that a step ended, and a timestep that rises that a request did.
 
         Raises:
-            UsageError: the policy acts on steps, and nothing told it of the last one's end.
+            UsageError: the policy acts on steps, and the last one's end was not reported to it.
         """
         request = self.request
         time = request.time_of(timestep)
@@ -203,22 +203,22 @@ class EngineTransformer(nn.Module):
 
     @property
     def config(self) -> FrozenDict:
-        """The transformer's configuration."""
+        """The configuration of the transformer that the engines replace."""
         return self._internal_dict
 
     @property
     def device(self) -> torch.device:
-        """Where the engines' tensors live."""
+        """The device of the engines' tensors."""
         return self.denoiser.engines.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the pipeline's tensors are made in; engines take any."""
+        """The dtype of the pipeline's tensors; engines take any."""
         return self.denoiser.engines.dtype if self.is_live else self.placeholder.dtype
 
     @property
     def report(self) -> RunReport:
-        """What the current or last request of this thread did; else the last one anywhere."""
+        """Report of this thread's current or last request; else of the last one of any thread."""
         report: RunReport = getattr(self._here, "report", self._last_report)
         return report
 
@@ -228,7 +228,7 @@ class EngineTransformer(nn.Module):
         return self.denoiser.acts_on_steps
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """How many parameters the engines hold; none can be trained."""
+        """Return the number of parameters the engines hold; none can be trained."""
         from ditrim.engines.cost.parameters import count_parameters
 
         if only_trainable:

@@ -26,7 +26,7 @@ def watch_scheduler(scheduler: Any, opened: OpenRequest) -> Any:
 
     Args:
         scheduler: of diffusers; its class is a plain one with a `__dict__`.
-        opened: told of requests that begin and of steps that end.
+        opened: receives the requests that begin and the steps that end.
     """
     base: Any = type(scheduler)
     kind = _watched_class(base)

@@ -76,7 +76,7 @@ TINY = {
 
 
 def measure_case(case: Case, arguments: argparse.Namespace, progress: Progress) -> dict[str, Any]:
-    """Everything about one model at one size."""
+    """Measure one model at one size in every way."""
     progress.begin(f"{case.name}: making the other ways to run it")
     is_small = case.is_picture
     with tempfile.TemporaryDirectory(prefix="ditrim-bench-") as folder:
@@ -116,14 +116,14 @@ def judge(cases: dict[str, Any]) -> list[dict[str, Any]]:
             "bound": text,
             "least": least,
             "most": most,
-            "value": found and found["median"],
-            "interval": found and [found["low"], found["high"]],
+            "value": result and result["median"],
+            "interval": result and [result["low"], result["high"]],
             "of": of,
-            "is_met": found
-            and (found["median"] <= most if least is None else found["median"] >= least),
+            "is_met": result
+            and (result["median"] <= most if least is None else result["median"] >= least),
         }
         for name, case in cases.items()
-        for text, found, least, most, of in (_wide if name == "wide" else _small)(case)
+        for text, result, least, most, of in (_wide if name == "wide" else _small)(case)
     ]
 
 
@@ -186,7 +186,7 @@ def _wide(case: dict[str, Any]) -> Iterator[Bound]:
 
 
 def openmp() -> dict[str, Any]:
-    """What decides how long torch's idle threads spin."""
+    """Return the settings that decide how long torch's idle threads spin."""
     names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
     info = torch.__config__.parallel_info().splitlines()
     return {

@@ -145,7 +145,7 @@ def points_of(axis: str, sizes: dict[str, Any], arguments: argparse.Namespace) -
 
 
 def build_options(name: str, sizes: dict[str, Any]) -> dict[str, Any]:
-    """What the set of this name is built with, besides its folder."""
+    """Return the options that the set of this name is built with, besides its folder."""
     # Four references of the short length are the longest of the axis "added".
     longest = max(sizes["longest"], sizes["shared"], 4 * sizes["short"])
     options = {
@@ -203,7 +203,7 @@ class Bench:
         return result
 
     def measure(self, axis: str) -> None:
-        """One axis, start to end."""
+        """Measure all points of an axis."""
         found = []
         for value, name, task in points_of(axis, self.sizes, self.arguments):
             print(f"[{time.strftime('%H:%M:%S')}] {axis} = {value}", file=sys.stderr, flush=True)

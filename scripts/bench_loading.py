@@ -105,7 +105,7 @@ def build_sets(root: Path) -> dict[str, Path]:
 
 
 def added(before: dict[str, int]) -> dict[str, int]:
-    """What the process has more than before; of the peak, above what was resident."""
+    """Return the memory added since before; of the peak, above what was resident."""
     now = memory_of_process()
     return {key: now[key] - before["rss" if key == "peak" else key] for key in now}
 

@@ -37,7 +37,7 @@ NUM_NOISY, NUM_REFERENCE, NUM_TEXT, WIDTH, CHANNELS = 4096, 8192, 512, 3072, 64
 
 
 def call_view(*, with_features: bool) -> CallView:
-    """What a policy sees of a step."""
+    """Return a call of random values at the benchmark's size."""
     generator = torch.Generator().manual_seed(0)
     features = [
         torch.randn(1, count, WIDTH, generator=generator) if with_features else None
@@ -56,7 +56,7 @@ def call_view(*, with_features: bool) -> CallView:
 
 
 def step_view() -> StepView:
-    """A finished step."""
+    """Return a finished step of random values at the benchmark's size."""
     generator = torch.Generator().manual_seed(1)
 
     def noise(count: int) -> torch.Tensor:

@@ -40,7 +40,7 @@ def run_command(name: str, *arguments: str) -> None:
 
 
 def main() -> None:
-    """Build, edit, compare."""
+    """Build an engine set, edit a sample and compare it with the full context."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sample", nargs="?", default="recolour")
     parser.add_argument("--output", type=Path, default=Path("demo-out"))

@@ -164,7 +164,7 @@ def run_stage(*arguments: str) -> dict[str, Any]:
 
 
 def measure(model: str, root: Path) -> dict[str, Any]:
-    """Everything about one model."""
+    """Measure assembling and loading of one model's graphs."""
     checkpoint, folder = root / f"{model}-checkpoint", root / model
     checkpoint.mkdir()
     folder.mkdir()

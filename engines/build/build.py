@@ -70,7 +70,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BuildResult:
-    """What a build came to.
+    """Result of a build.
 
     Attributes:
         engine_set: at the target.
@@ -88,7 +88,7 @@ def build_engine_set(options: BuildOptions, *, progress: Progress | None = None)
 
     Args:
         options: what to build.
-        progress: who is told; none means the log.
+        progress: receives how the build goes; none means the log.
 
     Raises:
         UsageError: the options, the weights or the target cannot be accepted.
@@ -159,7 +159,7 @@ def _check_scoring(target: Target) -> None:
 
 
 def _known_source(target: Path, source: Source) -> Mapping[str, Any]:
-    """What the last build of this target noted of the same weights."""
+    """Return the fingerprints that the last build of this target noted of the same weights."""
     try:
         known = read_manifest(target).source
     except (EngineSetError, OSError):
@@ -373,7 +373,7 @@ def _finish_files(
 
 
 def summary_of(result: BuildResult) -> dict[str, Any]:
-    """What `build-engine --json` says of a build."""
+    """Return a build's summary as `build-engine --json` prints it."""
     manifest = result.engine_set.manifest
     sizes = {entry.path: entry.num_bytes for entry in manifest.files}
     return {

@@ -13,7 +13,7 @@ def option_of(name: str) -> str:
 
 
 def expect_one_of(option: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """Check a choice.
+    """Check that an option's value is one of those allowed.
 
     Raises:
         UsageError: it is none of those allowed.

@@ -28,7 +28,7 @@ _MOST_TEXT = 1 << 16
 
 
 class LengthOptions(Protocol):
-    """What of a build's options decides its lengths; see `BuildOptions`."""
+    """The options of a build that decide its lengths; `BuildOptions` describes them."""
 
     @property
     def family(self) -> Family: ...
@@ -141,7 +141,7 @@ def _range(
 
 
 def ladder_of(options: LengthOptions) -> Ladder:
-    """The reference lengths; all references together.
+    """The ladder of reference lengths, which count all references together.
 
     Without a ladder or a length that is given, they are even parts of the longest, and the whole
     lengths of every number of references, at every resolution that is given for them.
@@ -181,7 +181,7 @@ def ladder_of(options: LengthOptions) -> Ladder:
 def _granularity_of(
     options: LengthOptions, longest: int, num_rungs: int, rungs: tuple[int, ...] = ()
 ) -> int:
-    """As given, otherwise 1 for graphs, and for plans what leaves few kept counts.
+    """The granularity as given, otherwise 1 for graphs, and for plans what leaves few kept counts.
 
     In a set of plans each kept count may take kernels and a CUDA graph of its own. So it is the
     smallest power of two at which no more than `MOST_KEPT_COUNTS` are left; smaller where rungs lie

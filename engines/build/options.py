@@ -88,7 +88,7 @@ def _sizes(given: Any) -> tuple[tuple[int, int], ...]:
 
 
 def _words_of(name: str, value: Any) -> tuple[str, ...]:
-    """What follows an option, each time that it is given; nothing follows a switch."""
+    """Return the words after an option, for each time that it is given; a switch has none."""
     if name == "config":
         return tuple(f"{key}={json.dumps(value[key])}" for key in sorted(value))
     if name == "lora":
@@ -127,7 +127,7 @@ class BuildOptions:
         precision: "fp32", "fp16" or "bf16"; given as none it becomes the backend's default.
         front_depth: K.
         layers: L.
-        score_details: BACK tells three scores of every layer of its own, for ToPi's ablations.
+        score_details: BACK returns three scores of every layer of its own, for ToPi's ablations.
         num_layers: depth of a trial with random weights.
         config: changes of the configuration, with random weights.
         ladder: reference lengths.
@@ -342,7 +342,7 @@ class BuildOptions:
 
     @property
     def builds_plans(self) -> bool:
-        """Whether plans come after the graphs."""
+        """Whether plans are built from the graphs."""
         return self.backend in PLAN_BACKENDS and not self.graph_only
 
     @property
@@ -368,7 +368,7 @@ class BuildOptions:
 
     @property
     def family(self) -> Family:
-        """The model family."""
+        """The model family that `model` names."""
         return family_named(self.model)
 
     @property
@@ -423,7 +423,7 @@ class BuildOptions:
         return Path("engines-out") / name
 
     def shaping(self) -> dict[str, Any]:
-        """What the result depends on besides K, L, configuration and weights; no defaults left."""
+        """Return what decides the set besides K, L, configuration and weights, all resolved."""
         limits, ladder = self.limits, self.reference_ladder
         shaping: dict[str, Any] = {
             "model": self.model,

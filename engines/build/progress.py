@@ -1,4 +1,4 @@
-"""Who is told how a build goes."""
+"""Receivers of a build's progress."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ logger = logging.getLogger(__name__)
 
 
 class Progress(Protocol):
-    """Who is told how a build goes."""
+    """Receives the progress of a build."""
 
     def stage(self, name: str) -> None:
-        """A new stage begins. May raise to stop the build."""
+        """Begin a stage; may raise to stop the build."""
         ...
 
     def update(self, done: int, total: int, unit: str = "bytes") -> None:
-        """How much of this stage's work is done, and in all; in bytes, or in steps."""
+        """Receive how much of this stage's work is done, and in all; in bytes, or in steps."""
         ...
 
     def note(self, message: str) -> None:
-        """Something that a person should know."""
+        """Receive a message for the person who builds."""
         ...
 
 
 class LoggedProgress:
-    """Tells the log; what `build_engine_set` uses when nobody else asks."""
+    """Writes the progress to the log; the default of `build_engine_set`."""
 
     def stage(self, name: str) -> None:
         logger.info("%s", name)

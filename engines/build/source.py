@@ -275,7 +275,7 @@ def _check_split(split: SplitChoice, options: BuildOptions, origin: str) -> None
 
 
 def _origin_of(options: BuildOptions, source: Source, reason: str) -> str:
-    """Who said which layers are scored, for messages."""
+    """Return the origin of the choice of scored layers, for messages."""
     if options.layers is not None:
         return reason
     if source.calibration:
@@ -293,7 +293,7 @@ def fingerprint(
     Args:
         source: what `find_source` returned.
         known: fingerprints of an earlier build, trusted where the file status is the same.
-        on_bytes: told the bytes hashed so far and the bytes to hash.
+        on_bytes: called with the bytes hashed so far and the bytes to hash.
     """
     if source.checkpoint is None:
         return {}
@@ -379,7 +379,7 @@ def _hash_stably(path: Path, on_bytes: Callable[[int], None]) -> dict[str, Any]:
 
 
 def fingerprint_loras(source: Source, known: Sequence[Any]) -> list[dict[str, Any]]:
-    """What the manifest says of each LoRA: file, scale, SHA-256 and file status.
+    """Return the manifest's entry of each LoRA: file, scale, SHA-256 and file status.
 
     Args:
         source: what `find_source` returned.
@@ -414,7 +414,7 @@ def describe(
     prints: Mapping[str, Mapping[str, Any]],
     loras: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """The manifest's `source`."""
+    """Return what the manifest's `source` holds: where weights came from, and their hashes."""
     return {
         "kind": source.kind,
         "location": source.location,
@@ -431,7 +431,7 @@ def weights_identity(
     prints: Mapping[str, Mapping[str, Any]],
     loras: Sequence[Mapping[str, Any]] = (),
 ) -> Any:
-    """What of the weights enters the identity: their content, wherever it lies."""
+    """Return what of the weights enters the identity: their content, wherever it lies."""
     content: dict[str, Any] = {name: entry["sha256"] for name, entry in prints.items()}
     if source.kind == "random":
         content = {"seed": source.seed}

@@ -38,7 +38,7 @@ class BuildTask:
 
     @property
     def detailed_layers(self) -> tuple[int, ...]:
-        """Layers whose scores BACK tells one by one."""
+        """Layers whose scores BACK returns one by one."""
         is_wanted = self.options.score_details
         return tuple(range(self.split.front_depth, self.split.num_layers)) if is_wanted else ()
 

@@ -36,7 +36,7 @@ class Cost:
 
     @property
     def num_bytes(self) -> int:
-        """All that is moved."""
+        """Weight and activation traffic, bytes."""
         return self.weight_bytes + self.activation_bytes
 
     def __add__(self, other: Cost) -> Cost:
@@ -49,7 +49,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peak:
-    """What a device can do at most; none where not established.
+    """Peak rates of a device; none where not established.
 
     Attributes:
         tflops: 10^12 operations a second in the precision of the work.
@@ -93,14 +93,14 @@ class ModelCost:
     backend: str = "tensorrt"
 
     def front(self, size: CallSize) -> Cost:
-        """FRONT over the full context."""
+        """Return the cost of FRONT over the full context."""
         products = graph_products(
             self.config, self.architecture, range(self.front_depth), size, "front"
         )
         return self._cost(products, "front", size, self.front_depth)
 
     def back(self, size: CallSize, *, num_rows: int = 0) -> Cost:
-        """BACK.
+        """Return the cost of BACK.
 
         Args:
             size: of the call; `num_reference` is K'.
@@ -206,7 +206,7 @@ class BlockFlops:
 
     @property
     def total(self) -> int:
-        """Of the block."""
+        """Operations of the whole block."""
         return self.attention + self.image + self.text
 
 

@@ -57,7 +57,7 @@ class Device:
         return rates[precision]
 
     def peak_source(self, precision: str) -> str:
-        """Where the rate in a precision and the bandwidth are from."""
+        """Sources of the bandwidth and of the rate in a precision."""
         rate, bandwidth = self.sources[f"{precision}_tflops"], self.sources["bandwidth_gb_s"]
         return f"{self.title}: {rate}" + ("" if rate == bandwidth else f"; bandwidth: {bandwidth}")
 

@@ -91,7 +91,7 @@ def activation_bytes(
 
 
 def scoring_code_bytes(backend: str, num_rows: int) -> int:
-    """What a scored layer adds to a plan for each profile, where up to so many rows are scored."""
+    """Bytes that a scored layer adds to a plan for each profile, by the most rows scored."""
     if backend != "tensorrt-rtx":
         return _PLUGIN_CODE
     return _SCORING_CODE + _BLOCK_CODE * num_row_blocks(num_rows)
@@ -108,7 +108,7 @@ def _rtx_block_rows(rows: int) -> int:
 def _scoring_bytes(
     heads: int, head_dim: int, size: CallSize, rows: int, element: int, block_rows: int
 ) -> int:
-    """What scoring adds for a picture and a layer, where all layers' may be alive together.
+    """Bytes that scoring adds for a picture and a layer, where all layers' may be alive.
 
     Args:
         block_rows: rows whose logits are alive at a time; 0 with the plugin, which keeps none.

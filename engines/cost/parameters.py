@@ -25,7 +25,7 @@ class ParameterCounts:
 
     @property
     def total(self) -> int:
-        """Of the diffusers module."""
+        """Parameters of the whole diffusers module."""
         return self.front + self.back + self.unused
 
 

@@ -90,14 +90,14 @@ class Need:
 
     @property
     def total(self) -> int:
-        """At the highest moment."""
+        """Peak device memory, bytes."""
         phases = max(self.denoising, self.text, self.pictures)
         return self.engines + self.companions + phases + self.reserve
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """What `build-engine --dry-run` says.
+    """Holds what `build-engine --dry-run` reports.
 
     Attributes:
         command: that the estimate is of.
@@ -153,7 +153,7 @@ class Estimate:
     notes: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it for JSON."""
+        """Return the estimate as JSON-ready values."""
         result: dict[str, Any] = {}
         for name in self.__dataclass_fields__:
             value = getattr(self, name)
@@ -182,7 +182,7 @@ def _listed(value: Any) -> Any:
 
 
 def usable_bytes(device: Device) -> int:
-    """What a set may take of a device: 95 % of what CUDA reports."""
+    """Return the memory that a set may take of a device: 95 % of what CUDA reports."""
     return round(_USABLE * device.memory_bytes)
 
 
@@ -254,7 +254,7 @@ def estimate(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Figures:
-    """What follows from options and configuration, whatever the device."""
+    """Figures that follow from options and configuration, whatever the device."""
 
     options: BuildOptions
     config: Mapping[str, Any]
@@ -311,7 +311,7 @@ class _Figures:
 
     @property
     def size(self) -> CallSize:
-        """The largest call."""
+        """The token counts and batch of the largest call."""
         options = self.options
         return CallSize(
             num_noisy=options.limits.noisy,
@@ -356,7 +356,7 @@ class _Figures:
         )
 
     def disk_bytes(self) -> int:
-        """Of the finished set."""
+        """Disk space of the finished engine set, bytes."""
         if self.options.graph_only or self.options.weights_stripped:
             # Graphs point into the checkpoint's own files, which cost nothing where linked.
             kernels = sum(plan.file_bytes - plan.weights_bytes for plan in self.plans)
@@ -365,7 +365,7 @@ class _Figures:
         return sum(plan.file_bytes for plan in self.plans)
 
     def build_disk_bytes(self) -> int:
-        """At the end of a build: graphs with their weights, plans, and the set that is there."""
+        """Disk space at the end of a build, bytes: graphs with weights, plans, and the old set."""
         needed = 2 * self.disk_bytes()
         options = self.options
         if options.builds_plans and not options.weights_stripped and not self._is_linked():

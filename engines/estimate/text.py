@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def lines_of(plan: Estimate) -> Iterator[str]:
-    """All of it for a person."""
+    """Yield the lines that `--dry-run` prints of an estimate."""
     device, size = plan.device, format_bytes
     yield (
         f"{plan.model}, {plan.precision}, {plan.backend}: {plan.num_parameters / 1e9:.2f} G "

@@ -120,7 +120,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _remedy(folder: Path, text: str) -> str:
-    """How to build a set again whose manifest cannot be trusted."""
+    """Return how to build a set again whose manifest cannot be trusted."""
     try:
         options = current_content(parse_json(text))["options"]
         command = rebuild_command(value_from(dict[str, tuple[str, ...]], options), folder)
@@ -161,7 +161,7 @@ def safe_path(folder: Path, location: str) -> Path:
 
 
 def _own_places(folder: Path) -> list[Path]:
-    """Where a set's files may lie: in its folder, or in the hub cache that keeps it.
+    """Return the folders that may hold a set's files: its own, or the hub cache that keeps it.
 
     A cache has `<repository>/snapshots/<commit>/`, whose files are links into
     `<repository>/blobs/`.

@@ -1,4 +1,4 @@
-"""A few values of every weight: enough to tell one checkpoint from another without reading it.
+"""A few values of every weight: enough to distinguish checkpoints without reading it.
 
 Replaces: a hash over 41 GB, which a pipeline's transformer in memory could not be compared with, as
 its dtype may differ. Limits: weights that differ in none of the sampled places count as equal;
@@ -26,7 +26,7 @@ Floats = npt.NDArray[np.float32]
 
 
 class Place(Protocol):
-    """Where a tensor lies in a file; see `tensor_header.TensorPlace`."""
+    """Place of a tensor in a file; `tensor_header.TensorPlace` is one."""
 
     @property
     def dtype(self) -> str: ...

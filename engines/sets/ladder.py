@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ditrim.plugins.errors import LadderError
 
-# Kept counts that a set of plans has unless told otherwise. Each takes kernels of its own that
+# Kept counts that a set of plans has by default. Each takes kernels of its own that
 # TensorRT-RTX compiles while it runs, and a CUDA graph where those are captured.
 MOST_KEPT_COUNTS = 64
 

@@ -97,7 +97,7 @@ class _Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """Everything that a runtime needs to know of an engine set without opening its graphs.
+    """Holds everything that a runtime needs of an engine set without opening its graphs.
 
     Attributes:
         format_version: of this file.
@@ -110,7 +110,7 @@ class Manifest:
         num_layers: blocks in all (FLUX: double-stream, then single-stream).
         front_depth: K; blocks [0, K) are FRONT.
         representative_layers: L, the layers whose attention is scored.
-        detailed_layers: layers of BACK whose scores it tells one by one (`layer_scores`); none
+        detailed_layers: layers of BACK whose scores it returns one by one (`layer_scores`); none
             unless the set was built for it. Older manifests lack it.
         layers_source: where L comes from.
         ladder: reference lengths.
@@ -215,7 +215,7 @@ def current_content(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check(manifest: Manifest) -> None:
-    """What the types do not say."""
+    """Check what the types do not express."""
     for name, allowed in (("architecture", ARCHITECTURES), ("precision", PRECISIONS)):
         if (value := getattr(manifest, name)) not in allowed:
             raise UsageError(f"key {name!r} is {value!r}; allowed: {', '.join(allowed)}")
@@ -230,9 +230,9 @@ def _check(manifest: Manifest) -> None:
         for name, text in getattr(manifest, key).items():
             if not _holds_samples(text):
                 raise UsageError(f"key '{key}.{name}' holds no samples: {text[:20]!r}")
-    told = [spec.shape for spec in manifest.graphs["back"].outputs if spec.name == "layer_scores"]
+    shapes = [spec.shape for spec in manifest.graphs["back"].outputs if spec.name == "layer_scores"]
     count = len(manifest.detailed_layers)
-    if told != ([("batch", count, 3, "reference")] if count else []):
+    if shapes != ([("batch", count, 3, "reference")] if count else []):
         raise UsageError(
             f"key 'detailed_layers' names {count} layers, which does not fit the outputs of "
             "'graphs.back'"

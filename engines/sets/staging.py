@@ -37,7 +37,7 @@ def lock_path(target: Path) -> Path:
 
 
 def previous_path(target: Path) -> Path:
-    """Where the old set is between the two renames of a swap without `renameat2`."""
+    """Return the path of the old set between the two renames of a swap without `renameat2`."""
     return target.parent / f".{target.name}.previous"
 
 
@@ -87,7 +87,7 @@ def target_locked(
 
     Args:
         target: what will be replaced. Its parent is created.
-        on_wait: told once who holds the lock.
+        on_wait: called once with the holder of the lock.
         wait: if not, BlockingIOError is raised while another process has it.
     """
     target.parent.mkdir(parents=True, exist_ok=True)

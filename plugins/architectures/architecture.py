@@ -71,7 +71,7 @@ class Places:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallArguments:
-    """What a pipeline calls its transformer with, beyond what all have.
+    """Arguments of a pipeline's call of its transformer beyond those that all have.
 
     Attributes:
         positions: handed to `place`, in this order.
@@ -87,7 +87,7 @@ class CallArguments:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SingleFile:
-    """How a checkpoint of one file tells its configuration: by a tensor's name and axis.
+    """How the configuration is read from a checkpoint of one file: by a tensor's name and axis.
 
     Attributes:
         width: channels of the hidden states; head_dim: of a head.
@@ -142,7 +142,7 @@ class Companion:
 
     @property
     def weights_bytes(self) -> int:
-        """In a 16-bit type."""
+        """Memory of the weights in a 16-bit type, bytes."""
         return 2 * self.num_parameters
 
 
@@ -248,7 +248,7 @@ class Architecture:
 
     @property
     def depths(self) -> dict[str, int]:
-        """How many blocks the released model has, by the configuration's key."""
+        """Number of blocks of the released model, by the configuration's key."""
         return {blocks.depth_key: blocks.depth for blocks in self.blocks}
 
     def completed(self, config: Config) -> dict[str, Any]:

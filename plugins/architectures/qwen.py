@@ -163,7 +163,7 @@ def _place(num_tokens: int, num_text: int, img_shapes: Sequence[Any] | None) -> 
     The pipelines give one entry a prompt, whatever the number of pictures a prompt.
     """
     if not img_shapes:
-        raise UsageError("img_shapes must be given: it tells noisy from reference tokens")
+        raise UsageError("img_shapes must be given: it separates noisy from reference tokens")
     samples = [
         [tuple(int(n) for n in shape) for shape in (s if isinstance(s, list) else [s])]
         for s in img_shapes

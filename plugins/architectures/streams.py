@@ -46,13 +46,13 @@ class MatrixProduct:
 
     @property
     def flops(self) -> int:
-        """Operations of all of them."""
+        """Operations of all `count` products."""
         return 2 * self.m * self.k * self.n * self.count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stream:
-    """What blocks of one kind cost; functions take a complete configuration.
+    """Cost functions of blocks of one kind; they take a complete configuration.
 
     Attributes:
         num_parameters: of one block.

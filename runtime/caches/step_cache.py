@@ -43,7 +43,7 @@ class FrontView:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CacheMemory:
-    """What a branch remembers of its last steps.
+    """Outputs of its last steps that a branch keeps.
 
     Attributes:
         front: FRONT's outputs that the next step's are compared with.
@@ -71,7 +71,7 @@ class Cache(Protocol):
     def remember(
         self, memory: CacheMemory | None, front: FrontView, velocity: Tensor
     ) -> CacheMemory:
-        """What to remember of a step that ran BACK; `memory` is none at a branch's first step."""
+        """Return what is kept of a step that ran BACK; `memory` is none at a branch's first."""
         ...
 
 
@@ -200,7 +200,7 @@ def relative_changes(now: FrontView, before: FrontView) -> tuple[float, ...]:
 
 
 def _ratio(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Summed over the pairs, (B,)."""
+    """Relative L1 change, summed over the pairs, (B,)."""
     difference = torch.stack([(a.float() - b.float()).abs().flatten(1).sum(1) for a, b in pairs])
     size = torch.stack([b.float().abs().flatten(1).sum(1) for _, b in pairs])
     total = difference.sum(0)
@@ -208,7 +208,7 @@ def _ratio(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def _compared(front: FrontView, tokens: str) -> FrontView:
-    """What is worth remembering of it."""
+    """Return the outputs that later steps are compared with."""
     return front if tokens == "joint" else replace(front, reference=None)
 
 

@@ -70,7 +70,7 @@ class BackResult:
 
 
 class _LastUsed(Generic[_T]):
-    """What was made for the last few keys; threads may share it."""
+    """Cache of the values of the last few keys; threads may share it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -57,6 +57,6 @@ class Denoiser:
         """Begin a request.
 
         Args:
-            times: the timestep of each step, in [0, 1]; none where nobody knows them beforehand.
+            times: the timestep of each step, in [0, 1]; none where they are not known beforehand.
         """
         return Request(self, times)

@@ -32,8 +32,8 @@ class ModelInputs:
         timestep: (B,) in [0, 1].
         guidance: (B,), models with guidance embeddings only.
         pooled_text: (B, c_pool), FLUX only.
-        time: `timestep` of the whole batch as a number, where it is known without a wait for the
-            device.
+        time: `timestep` of the whole batch as a number, where it is known without waiting for
+            the device.
         layout: of the noisy picture and the references; none where one is no whole grid.
         rope_key: identifies the geometry; equal keys have equal tables.
         make_rope: computes the tables of that geometry.
@@ -173,7 +173,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def check_finite(inputs: ModelInputs, velocity: Tensor, influence: Tensor, step: int) -> None:
-    """What an anchor step read and made; choosing tokens waits for the device in any case."""
+    """Check an anchor step's inputs and outputs; choosing tokens waits for the device anyway."""
     tensors = (inputs.noisy_latents, velocity, influence)
     flags = [torch.isfinite(tensor).all().to(influence.device) for tensor in tensors]
     latents_are, velocity_is, influence_is = torch.stack(flags).tolist()

@@ -68,7 +68,7 @@ class _Call:
 
 
 class Shared(Protocol):
-    """What the requests of a `Denoiser` have in common."""
+    """State that all requests of a `Denoiser` share."""
 
     @property
     def engines(self) -> Engines: ...
@@ -88,7 +88,7 @@ class Request:
     """The state of one request, and its steps."""
 
     def __init__(self, denoiser: Shared, times: Sequence[float] | None = None) -> None:
-        """Begin a request; see `Denoiser.begin`."""
+        """Take the denoiser that opens the request and, where known, its timesteps."""
         self.report = RunReport()
         self._denoiser = denoiser
         self._engines, self._calls = denoiser.engines, denoiser.calls
@@ -116,12 +116,12 @@ class Request:
 
     @property
     def num_steps(self) -> int | None:
-        """How many steps the request will have; none where nobody knows."""
+        """Number of steps that the request will have; none where it is not known."""
         return None if self._times is None else len(self._times)
 
     @property
     def branches_run(self) -> int:
-        """How many branches have run in this step."""
+        """Number of branches that have run in this step."""
         return len(self._velocities)
 
     def has_run(self, branch: str) -> bool:
@@ -132,8 +132,8 @@ class Request:
         """The timestep of the coming call as a number.
 
         It is read from the device once a request, where the times are known beforehand: reading
-        waits for the device. The first one also tells where in its schedule a request begins, as
-        those do that start from a picture.
+        waits for the device. The first one also gives the place in its schedule where a request
+        begins, as for those that start from a picture.
 
         Args:
             timestep: (B,) in [0, 1].
@@ -432,7 +432,7 @@ class Request:
         )
 
     def _seen(self, call: _Call, fronts: list[FrontResult]) -> FrontView:
-        """What a step cache compares, in batch order."""
+        """Return what a step cache compares, in batch order."""
 
         def whole(name: str) -> Tensor:
             return scattered([front.hidden[name] for front in fronts], call.order)

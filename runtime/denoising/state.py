@@ -1,4 +1,4 @@
-"""What a request carries from step to step."""
+"""State that a request carries from step to step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class BranchState:
-    """What one guidance branch carries from step to step.
+    """State that one guidance branch carries from step to step.
 
     Attributes:
         num_reference: C of this request; none before the first call.

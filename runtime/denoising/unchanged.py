@@ -20,7 +20,7 @@ class Unchanged(Generic[T]):
     """
 
     def __init__(self, make: Callable[..., T]) -> None:
-        """Remember results of `make`."""
+        """Take the function whose latest result is remembered."""
         self._make = make
         self._given: tuple[Any, ...] | None = None
         self._versions: tuple[Any, ...] = ()
@@ -28,7 +28,7 @@ class Unchanged(Generic[T]):
         self._result: T | None = None
 
     def get(self, *arguments: Any) -> T:
-        """What `make` returns for these arguments: tensors, none, or plain values."""
+        """Return `make`'s result for these arguments: tensors, none, or plain values."""
         if self._given is None or not self._is_as_before(arguments):
             self._result = self._make(*arguments)
             self._given = arguments
@@ -59,7 +59,7 @@ def _is_same(value: Any, given: Any, version: int | None, before: Any) -> bool:
 
 
 def _version(value: Any) -> int | None:
-    """How often a tensor was written to; none where torch does not count it."""
+    """Return how often a tensor was written to; none where torch does not count it."""
     if not isinstance(value, Tensor) or value.is_inference():
         return None
     return value._version

@@ -160,7 +160,7 @@ def check_picture_output(path: str | os.PathLike[str], option: str) -> Path:
 
 
 def check_output(path: str | os.PathLike[str], option: str) -> Path:
-    """Check that a file can be written to `path`; see `check_picture_output`."""
+    """Check that a file can be written to `path`, as `check_picture_output` does."""
     path = Path(path)
     folder = path.parent
     if path.is_dir():

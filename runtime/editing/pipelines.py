@@ -339,7 +339,7 @@ def run_edit(
     Args:
         pipe: from `load_pipeline`.
         request: from `prepare_request`.
-        on_step: told the steps done and the steps in all, after each.
+        on_step: called after each step with the steps done and the steps in all.
 
     Raises:
         UsageError: what the pipeline says of values that it does not take.

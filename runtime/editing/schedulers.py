@@ -86,7 +86,7 @@ def is_lightning(scheduler: Any) -> bool:
 
 
 def lightning_steps(manifest: Manifest) -> int:
-    """How many steps a distilled editor is for: 4 if a name of its weights says so, else 8."""
+    """Return a distilled editor's number of steps: 4 if a name of its weights says so, else 8."""
     source = manifest.source
     names = [str(source.get("location", ""))]
     names += [str(lora.get("file", "")) for lora in source.get("loras") or []]

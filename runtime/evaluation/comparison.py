@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ditrim.runtime.report import RunReport, StepRecord
 
 REFERENCE = "full context"  # the label of what all others are compared with
-WARMING_UP = ", warming up"  # ends the label that `on_run` is told then
+WARMING_UP = ", warming up"  # ends the label that `on_run` gets then
 _WARM_STEPS = 4
 _MAX_OVERLAYS = 4
 _MAX_SEED = 2**32
@@ -74,7 +74,7 @@ def noise_seed(seed: int, edit_index: int) -> int:
 
 @dataclass(slots=True)
 class Comparison:
-    """What is compared, with what, and where to.
+    """Holds the policies and edits of a comparison, and the folder of its results.
 
     Attributes:
         pipe, engines: the pipeline, and the engine set that is attached to it for each run.
@@ -85,8 +85,8 @@ class Comparison:
         num_strips: edits of a category whose pictures are kept.
         lpips: from `load_lpips`.
         session: number of this call among those of the folder.
-        on_run: told of each run before it starts: edit, seed and label.
-        on_step: told of each step; may raise to stop.
+        on_run: called before each run with edit, seed and label.
+        on_step: called after each step; may raise to stop.
     """
 
     pipe: Any
@@ -164,7 +164,7 @@ class Comparison:
             waiting.append(run)
             if contender.label == REFERENCE:
                 reference = np.asarray(run.image)
-                # The others' speed is told against its row, so it comes first.
+                # Speed-ups are relative to its row, so it comes first.
                 waiting.sort(key=lambda done: done.label != REFERENCE)
             if reference is not None:
                 for done in waiting:
@@ -283,7 +283,7 @@ class Comparison:
 
 
 def measures_of(report: RunReport) -> dict[str, Any]:
-    """What a run cost.
+    """Return calls, times and kept shares of a run.
 
     `kept_ratio` and `noisy_kept_ratio` are means over reduced calls of the share of tokens that
     BACK ran on; `token_share` is the share of all of BACK's tokens, text included, that it ran on
@@ -324,7 +324,7 @@ def choices_of(report: RunReport) -> list[StepRecord]:
 
 
 def evenly(items: Sequence[Any], most: int) -> list[Any]:
-    """At most so many of the items, evenly spaced, the first and the last among them."""
+    """Return at most so many of the items, evenly spaced, with the first and the last."""
     if len(items) <= most:
         return list(items)
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]

@@ -28,7 +28,7 @@ _DEFAULT_SCENES = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EditPictures:
-    """What one edit shows.
+    """The pictures of one edit.
 
     Attributes:
         images: references in order, RGB.
@@ -108,7 +108,7 @@ def choose_edits(source: str, count: int | None) -> list[ComparedEdit]:
 def choose_samples(
     folder: Path | None, count: int, purpose: Purpose, seed: int
 ) -> list[ComparedEdit]:
-    """At most `count` edits to calibrate on: a folder's, or else training scenes.
+    """Return at most `count` edits to calibrate on: a folder's, or else training scenes.
 
     Raises:
         UsageError: the folder is malformed.

@@ -27,7 +27,7 @@ Key = tuple[str, int, str]  # edit, seed, policy
 
 
 def key_of(row: Row) -> Key:
-    """What a row is the result of."""
+    """Return the key of a row: edit, seed and policy."""
     return row["edit"], row["seed"], row["policy"]
 
 
@@ -136,7 +136,7 @@ def read_comparison(folder: Path) -> tuple[dict[str, Any], list[Row]]:
 def merged_settings(
     folder: Path, before: Mapping[str, Any] | None, now: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What is compared from now on: what was before, and what is new.
+    """Return the settings of all sessions together: those of before, and what is new.
 
     Raises:
         UsageError: says what differs, and how to go on.

@@ -75,7 +75,7 @@ def write_page(
 
     Args:
         path: of the HTML file.
-        results: the folder's settings and what `summarise_rows` told of its rows; `runs`.
+        results: the folder's settings, the result of `summarise_rows`, and `runs`.
         edits: for their pictures.
         folder: where the kept pictures are.
 
@@ -174,18 +174,18 @@ def _table(
         entry = results["summary"][group][policy["label"]]
         cells = []
         for column in _columns_of(results):
-            found = entry[column.metric]
-            if found is None:
+            figures = entry[column.metric]
+            if figures is None:
                 cells.append({"text": "", "value": "", "interval": "", "title": "no pixels"})
                 continue
-            low, high = column.form.format(found["low"]), column.form.format(found["high"])
+            low, high = column.form.format(figures["low"]), column.form.format(figures["high"])
             cells.append(
                 {
-                    "text": column.form.format(found[column.statistic]),
-                    "value": found[column.statistic],
+                    "text": column.form.format(figures[column.statistic]),
+                    "value": figures[column.statistic],
                     "interval": f"{low} to {high}" if column.has_interval else "",
-                    "title": f"mean {column.form.format(found['mean'])} [{low}, {high}], median "
-                    f"{column.form.format(found['median'])}, {found['edits']} edits",
+                    "title": f"mean {column.form.format(figures['mean'])} [{low}, {high}], median "
+                    f"{column.form.format(figures['median'])}, {figures['edits']} edits",
                 }
             )
         rows.append({"policy": policy, "entry": entry, "cells": cells})

@@ -58,7 +58,7 @@ Table = dict[str, dict[str, npt.NDArray[np.float64]]]  # label -> metric -> (edi
 
 
 def summarise_rows(rows: Iterable[Row], labels: Sequence[str], reference: str) -> dict[str, Any]:
-    """Everything that is told of a comparison's rows, as plain values.
+    """Summary statistics of all runs, as JSON-ready values.
 
     Args:
         rows: of finished runs; (edit, seed) pairs that some policy has not run are left out.

@@ -146,7 +146,7 @@ class Auto:
 
     @property
     def quality(self) -> QualityModel | None:
-        """What `min_psnr` is predicted with."""
+        """The model that predicts PSNR for `min_psnr`."""
         return self._quality
 
     def begin(self, num_steps: int | None = None) -> Reducer:
@@ -172,7 +172,7 @@ class AutoReducer(Reducer):
     Attributes:
         policy: its options.
         coverage, drop: the two that may be chosen.
-        num_steps: of the request; none where nobody knows.
+        num_steps: of the request; none where it is not known.
         chosen: what works from the choice on; none before it.
         coverage_outlook: what coverage would keep, of the branch that would keep most.
         facts: what the report says.
@@ -300,7 +300,7 @@ class AutoReducer(Reducer):
         return roles.count("anchor") / len(roles)
 
     def _drop_outlook(self, step: StepView, outcome: StepOutcome) -> Outlook | str:
-        """What TokenDrop would keep, or why it will not do."""
+        """Return what TokenDrop would keep, or why it cannot serve."""
         if self.drop.dense_because is not None:
             return self.drop.dense_because
         kept = None if outcome.reduction is None else outcome.reduction.kept

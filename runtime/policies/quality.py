@@ -1,4 +1,4 @@
-"""What a reduction is expected to cost: PSNR against the full context, by what it gives up.
+"""Predicts the PSNR of a reduction from the influence and tokens that it drops.
 
 A least-squares fit a method over runs of an edit set: PSNR by the influence that is given up, the
 tokens that are given up (both on a decimal log scale), and how far the edit spreads. It holds for
@@ -33,7 +33,7 @@ CAP_DB = 100.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outlook:
-    """What is known of a reduction before it is used.
+    """Regressors that are known of a reduction before it is used.
 
     Attributes:
         ratio: share of the reference tokens that it keeps.
@@ -46,7 +46,7 @@ class Outlook:
     spread: float | None = None
 
     def features(self) -> list[float]:
-        """The terms of the fit."""
+        """Return the regressors of the fit."""
         lost, dropped = 1 - self.influence, 1 - self.ratio
         return [
             1.0,
@@ -118,7 +118,7 @@ class QualityModel:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return the model as JSON-ready values."""
         return {
             "format": FORMAT,
             "model": self.model,

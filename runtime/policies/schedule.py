@@ -22,7 +22,7 @@ class Schedule:
             None places anchors by `num_steps`: every tenth step from 20 steps on, as in the paper,
             otherwise the first step and the one in the middle, if steps follow it.
         warmup: steps at the start that run the full context unscored.
-        num_steps: of the request; none where nobody knows, which counts as many.
+        num_steps: of the request; none where it is not known, which counts as many.
     """
 
     interval: int | None = None
@@ -38,7 +38,7 @@ class Schedule:
                 raise UsageError(f"{name} must be an integer of at least {least}, got {value!r}")
 
     def role(self, step: int) -> Role:
-        """What step `step` (from 0) is: full and unscored, full and scored, or reduced."""
+        """Return the role of a step (from 0): full and unscored, full and scored, or reduced."""
         if step < self.warmup:
             return "full"
         after = step - self.warmup

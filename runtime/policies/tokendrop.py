@@ -9,8 +9,9 @@ What the paper leaves open, and what is done here (see `residual` for the formul
   Tokens that are kept for that reason alone are not pulled either, as the model sees their source.
 - Several references: only the first is dropped from, where it lies on the grid of the picture in
   the making. Without such a source there is no residual, and every step runs on all tokens.
-- Edits of the whole picture fail (Sec. 5, App. D.4). They are told by the residual after the first
-  steps and served with all tokens; in a batch, one such entry is enough, as all share the length.
+- Edits of the whole picture fail (Sec. 5, App. D.4). They are recognised by the residual after the
+  first steps and served with all tokens; in a batch, one such entry is enough, as all share the
+  length.
 - omega is given for two models. Other editors of the Qwen family take Qwen-Image-Edit's.
 """
 
@@ -199,13 +200,13 @@ class TokenDropReducer(Reducer):
             "max_kept_ratio": self.policy.max_kept_ratio,
             "max_spread": self.policy.max_spread,
         }
-        looked = (
+        figures = (
             found.threshold,
             found.kept_ratio,
             found.spread.double(),
             is_non_local(found, **limits).double(),
         )
-        thresholds, ratios, spreads, are_non_local = torch.stack(looked).tolist()  # a wait
+        thresholds, ratios, spreads, are_non_local = torch.stack(figures).tolist()  # synchronises
         if not all(map(math.isfinite, thresholds)):
             raise DitrimError(
                 f"the residual of step {step} is not finite: the model overflowed on these "

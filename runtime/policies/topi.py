@@ -143,8 +143,8 @@ class ToPi(Reducer):
             return call.influence
         if call.scores is None:
             raise UsageError(
-                f"score {self.score!r} of {self.layers} layers needs an engine set that tells the "
-                "scores of every layer: build one with --score-details"
+                f"score {self.score!r} of {self.layers} layers needs an engine set that returns "
+                "the scores of every layer: build one with --score-details"
             )
         chosen = self._layers_of(call)
         return call.scores[:, chosen, SCORES.index(self.score)].sum(dim=1)
@@ -158,7 +158,7 @@ class ToPi(Reducer):
         return select_top(scores, self.count(scores, call))
 
     def count(self, scores: torch.Tensor, call: CallView) -> int:
-        """How many tokens a call keeps: the batch's largest count, rounded up by the ladder."""
+        """Return the number of kept tokens: the batch's largest, rounded up by the ladder."""
         from ditrim.runtime.tokens.selection import bounded_count, count_by_influence
 
         if self.ratio is None:
@@ -170,7 +170,7 @@ class ToPi(Reducer):
         )
 
     def _layers_of(self, call: CallView) -> list[int]:
-        """Positions in `call.scored_layers`."""
+        """Return the positions in `call.scored_layers` whose scores are summed."""
         total, wanted = len(call.scored_layers), len(call.calibrated_layers)
         if self.layers == "calibrated":
             return [call.scored_layers.index(layer) for layer in call.calibrated_layers]

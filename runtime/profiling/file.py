@@ -123,7 +123,7 @@ def _profile_from(text: str) -> Profile:
 
 
 def _check_complete(profile: Profile) -> None:
-    """What every later step needs."""
+    """Check that a profile holds what every later step needs."""
     engine, repeats = profile.engine, profile.settings["repeats"]
     keys = set()
     for row in profile.rows:

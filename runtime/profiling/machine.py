@@ -1,7 +1,7 @@
 """The machine that something is measured on: its name, instruction sets, clocks, load, memory and
 versions; and the memory and time that this process and others take of it.
 
-What psutil does not tell is read from Linux's `/proc`, here and nowhere else. Importing this module
+What psutil lacks is read from Linux's `/proc`, here and nowhere else. Importing this module
 loads neither torch nor psutil.
 """
 
@@ -67,7 +67,7 @@ def instruction_sets() -> dict[str, Any]:
 
 
 def clocks(is_cuda: bool) -> dict[str, Any]:
-    """Clock rates as the system tells them now."""
+    """Current clock rates, as the system reports them."""
     if is_cuda:
         try:
             done = subprocess.run(
@@ -86,7 +86,7 @@ def clocks(is_cuda: bool) -> dict[str, Any]:
     try:
         return {"mhz": [round(rate.current) for rate in psutil.cpu_freq(percpu=True)]}
     except (AttributeError, NotImplementedError, OSError):
-        return {"mhz": None}  # the system does not tell
+        return {"mhz": None}  # the system does not report it
 
 
 def load_average() -> float | None:
@@ -98,13 +98,13 @@ def load_average() -> float | None:
 
 
 def processor_name() -> str:
-    """What the CPU is called; its architecture where the system does not tell."""
+    """Return the CPU's name; its architecture where the system does not say."""
     names = _cpuinfo("model name")
     return names[0] if names else platform.processor() or platform.machine()
 
 
 def _cpuinfo(key: str) -> list[str]:
-    """The values of a key in /proc/cpuinfo, one a core; psutil tells neither names nor flags."""
+    """The values of a key in /proc/cpuinfo, one a core; psutil has neither names nor flags."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -114,7 +114,7 @@ def _cpuinfo(key: str) -> list[str]:
 
 
 def library_versions() -> dict[str, str]:
-    """Of Python, and of what is installed of the packages that a measurement hangs on."""
+    """Versions of Python and of the installed packages that a measurement depends on."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -151,7 +151,7 @@ def memory_of_process() -> dict[str, int]:
 
 
 def begin_peak(device: torch.device | None = None) -> None:
-    """Begin a new peak of memory; see `peak_bytes`."""
+    """Reset the peak of memory that `peak_bytes` reads."""
     if device is not None and device.type == "cuda":
         import torch
 
@@ -178,7 +178,7 @@ def peak_bytes(device: torch.device | None = None, process: int | str = "self") 
 
 
 class OtherProcesses:
-    """Tells how much of the cores other processes take, from when it was made."""
+    """Measures how much of the cores other processes take, from when it was made."""
 
     def __init__(self) -> None:
         self._start = self._now()

@@ -1,7 +1,7 @@
 """Times FRONT, BACK, anchors and what stands between them, round by round.
 
 Only the first round, which warms up, goes from short to long, so that memory that is kept for reuse
-tells how much each length needs. CPUs are timed by the monotonic clock, GPUs by events on the
+shows how much each length needs. CPUs are timed by the monotonic clock, GPUs by events on the
 current stream.
 """
 
@@ -58,7 +58,7 @@ class Geometry:
 
     @property
     def size(self) -> CallSize:
-        """Its lengths."""
+        """The token counts and batch of a call at this geometry."""
         return CallSize(
             num_noisy=self.noisy_grid[0] * self.noisy_grid[1],
             num_reference=self.layout.num_reference,
@@ -68,12 +68,12 @@ class Geometry:
 
     @property
     def layout(self) -> Layout:
-        """Its pictures."""
+        """The token grids of the noisy picture and the references."""
         return Layout(self.noisy_grid, (self.reference_grid,) * self.num_references)
 
     @property
     def key(self) -> tuple[int, int, int, int]:
-        """As `Row.geometry`."""
+        """The tuple (batch, noisy, text, reference), as `Row.geometry` has it."""
         size = self.size
         return size.batch, size.num_noisy, size.num_text, size.num_reference
 
@@ -132,20 +132,20 @@ class Meter:
         )
 
     def clock(self) -> Clock:
-        """Of this device."""
+        """Return a clock for the engines' device."""
         return EventClock(self.engines.device) if self.is_cuda else Clock(None)
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the first round, in which alone memory is looked at: that takes time."""
+        """Whether this is the first round, the only one to measure memory, which takes time."""
         return self.rounds.number == 0
 
     def turn(self, parts: Sequence[Callable[[], None]]) -> None:
-        """Every part once; see `Rounds.turn`."""
+        """Run every part once, as `Rounds.turn` does."""
         self.rounds.turn([partial(self._run_part, run) for run in parts])
 
     def alone(self, run: Callable[[], _T]) -> _T:
-        """One part that others need; see `Rounds.alone`."""
+        """Run a part that others need, as `Rounds.alone` does."""
         return self.rounds.alone(partial(self._run_part, run))
 
     def _run_part(self, run: Callable[[], _T]) -> _T:
@@ -166,7 +166,7 @@ class Meter:
     def add(
         self, part: str, size: CallSize, num_kept: int, milliseconds: float, cost: Cost
     ) -> None:
-        """One more sample."""
+        """Add a sample of a part, with its cost."""
         key = (part, size, num_kept)
         self._costs[key] = cost
         self.rounds.add(key, milliseconds)
@@ -182,7 +182,7 @@ class Meter:
         *,
         budget_s: float | None = None,
     ) -> None:
-        """Run all rounds; see `Rounds.run`."""
+        """Run all rounds of all sizes, as `Rounds.run` does."""
         self.rounds.run(self._round, repeats, warmup, on_round, budget_s=budget_s)
 
     def _round(self) -> None:
@@ -196,7 +196,7 @@ class Meter:
             self.add(PRODUCT, _PRODUCT_SIZE[name], 0, statistics.median(beats), PRODUCT_COST)
 
     def peak(self) -> Peak:
-        """What the device can do: by its data sheet, or on a CPU as measured in these rounds."""
+        """Return the device's peak: of its data sheet, or on a CPU as measured in these rounds."""
         if self.is_cuda:
             device = present_device(self.engines.device.index or 0)
             precision = self.manifest.precision
@@ -218,7 +218,7 @@ class Meter:
         )
 
     def rows(self) -> tuple[Row, ...]:
-        """What was measured: products, then size by size its parts, short before long."""
+        """Return all rows: products, then size by size its parts, short before long."""
         order = [site.size for site in self._sites]
         names = (PRODUCT, *PARTS)
 
@@ -389,7 +389,7 @@ class _SchedulerStep:
         self._scheduler._step_index = 0
 
     def run(self) -> None:
-        """One step."""
+        """Run one scheduler step."""
         time_step = self._scheduler.timesteps[0]
         self._scheduler.step(self._velocity, time_step, self._latents, return_dict=False)
 
@@ -439,7 +439,7 @@ def random_inputs(manifest: Manifest, geometry: Geometry, device: torch.device) 
 
 
 def profile_of(meter: Meter, settings: dict[str, Any], machine: dict[str, Any]) -> Profile:
-    """What a meter measured, with everything that it was measured on."""
+    """Return a meter's profile: its rows, with the engine set, the machine and the settings."""
     manifest = meter.manifest
     return Profile(
         engine={
@@ -469,7 +469,7 @@ def profile_of(meter: Meter, settings: dict[str, Any], machine: dict[str, Any]) 
     )
 
 
-_PRODUCT_SIZE = {  # products have no lengths; the batch tells whose they are
+_PRODUCT_SIZE = {  # products have no lengths; the batch says which library's they are
     "torch": CallSize(num_noisy=0, num_reference=0, num_text=0, batch=0),
     "onnxruntime": CallSize(num_noisy=0, num_reference=0, num_text=0, batch=1),
 }

@@ -98,8 +98,8 @@ def _schedule(estimates: Sequence[ScheduleEstimate], profile: Profile) -> str:
 
 def _facts(profile: Profile) -> list[tuple[str, str]]:
     engine, machine, peak = profile.engine, profile.machine, profile.peak
-    pulse = [row for row in profile.rows if row.part == "product"]
-    noise = ", ".join(f"+-{share(row.statistics.noise)}" for row in pulse) or "not measured"
+    products = [row for row in profile.rows if row.part == "product"]
+    noise = ", ".join(f"+-{share(row.statistics.noise)}" for row in products) or "not measured"
     return [
         ("engine set", f"{engine['model']} {engine['identity'][:12]}, {engine['precision']}"),
         ("backend", f"{engine['backend']} {engine['backend_version']}"),

@@ -1,4 +1,4 @@
-"""Plain matrix products on a CPU: the rate that engines are held against, a machine's pulse."""
+"""Plain matrix products on a CPU: the reference product that engines' rates are compared with."""
 
 from __future__ import annotations
 

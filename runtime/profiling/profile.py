@@ -16,7 +16,7 @@ from ditrim.engines.cost.cost import Cost, ModelCost, Peak
 from ditrim.plugins.errors import UsageError
 
 FORMAT, VERSION = "ditrim-profile", 2
-# What a row is of; `product` is a plain matrix product, the machine's own pulse.
+# What a row measures; `product` is a plain matrix product, the reference product.
 PARTS = ("front", "back", "anchor", "selection", "gather", "rope", "scheduler", "step", "overhead")
 PRODUCT = "product"
 GRAPH_PARTS = ("front", "back", "anchor")
@@ -25,7 +25,7 @@ _COVERAGE = 0.95
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Statistics:
-    """What samples say.
+    """Summary statistics of samples.
 
     Attributes:
         count: of samples.
@@ -75,7 +75,7 @@ def median_interval(ordered: Sequence[float]) -> tuple[float, float, float]:
 
 
 def statistics_of(samples: Sequence[float]) -> Statistics:
-    """Describe samples in milliseconds."""
+    """Return median, quantiles and the median's interval of samples in milliseconds."""
     ordered = sorted(samples)
     median = quantile(ordered, 0.5)
     low, high, coverage = median_interval(ordered)
@@ -156,7 +156,7 @@ class Row:
 
     @property
     def key(self) -> tuple[str, int, int, int, int, int]:
-        """What makes two rows the same thing."""
+        """Identifies a row: part, geometry and kept tokens."""
         return (self.part, *self.geometry, self.num_kept)
 
     @property
@@ -165,7 +165,7 @@ class Row:
 
     @property
     def cost(self) -> Cost:
-        """By the cost model, all bytes together."""
+        """The cost by the cost model; weights' bytes are counted with the activations'."""
         return Cost(flops=self.flops, activation_bytes=self.num_bytes)
 
 
@@ -211,7 +211,7 @@ class Profile:
         return list(dict.fromkeys(row.geometry for row in self.rows if row.part != PRODUCT))
 
     def size_text(self, geometry: tuple[int, int, int, int]) -> str:
-        """A size in words."""
+        """Return a geometry in words: batch, pixels and token counts."""
         batch, noisy, text, reference = geometry
         pixels = self.settings.get("resolutions", {}).get(str(noisy))
         picture = f"{pixels} pixels ({noisy} noisy tokens)" if pixels else f"{noisy} noisy"
@@ -233,7 +233,7 @@ class Profile:
 
     @property
     def max_noise(self) -> float:
-        """Above it, a row says nothing."""
+        """Largest noise, a share of the median, at which a row's figures are shown."""
         return float(self.settings["max_noise"])
 
     def to_json(self) -> str:
@@ -300,7 +300,7 @@ def describe_row(profile: Profile, row: Row) -> dict[str, Any]:
 
 
 def noise_complaint(profile: Profile) -> str | None:
-    """What to say where a machine was too noisy to say anything; none where it was not.
+    """Return a complaint where a machine was too noisy to measure; none where it was not.
 
     The criterion: in more than half of the rows of FRONT, BACK and anchors, the interval of the
     median reaches further than `max_noise` of the median to each side.
@@ -319,13 +319,13 @@ def noise_complaint(profile: Profile) -> str | None:
 
 
 def paired_ratio(first: Row, second: Row) -> Statistics:
-    """How many times as long the first took, round by round; what slows a round cancels."""
+    """Return the ratio of the first to the second, paired by round: what slows a round cancels."""
     pairs = zip(first.samples_ms, second.samples_ms, strict=True)
     return statistics_of([a / b for a, b in pairs])
 
 
 def ratios_of(profile: Profile, geometry: tuple[int, int, int, int]) -> dict[str, Statistics]:
-    """What follows from rows of the same rounds.
+    """Return ratios between rows of the same rounds.
 
     Returns:
         "scored": an anchor's BACK over the same length unscored. "outside": the share of a call

@@ -26,7 +26,7 @@ _TABLE_PRECISIONS = ("bf16", "fp16")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProjectionTarget:
-    """What a profile is projected to.
+    """The device that a profile is projected to.
 
     Attributes:
         name: for people.
@@ -110,7 +110,7 @@ class ProjectedRow:
 
     @property
     def projected_ms(self) -> float:
-        """Its median."""
+        """The projected median, milliseconds."""
         return self.row.statistics.median
 
 
@@ -134,7 +134,7 @@ class Projection:
 
     @property
     def is_checked(self) -> bool:
-        """Whether any row was measured there."""
+        """Whether any row was measured on the target device."""
         return self.worst_error is not None
 
     @property
@@ -300,7 +300,7 @@ class Difference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileComparison:
-    """Two profiles.
+    """Holds two profiles and the differences of their rows.
 
     Attributes:
         differences: rows that both have.
@@ -375,7 +375,7 @@ def _drift(profile: Profile, other: Profile) -> float | None:
 
 
 def _unlike(profile: Profile, other: Profile) -> Sequence[str]:
-    found = []
+    differences = []
     pairs = [(key, profile.machine.get(key), other.machine.get(key)) for key in ("name", "threads")]
     keys = ("model", "identity", "precision", "backend", "backend_version")
     pairs += [(key, profile.engine[key], other.engine[key]) for key in keys]
@@ -384,7 +384,7 @@ def _unlike(profile: Profile, other: Profile) -> Sequence[str]:
         (name, *(one.machine["versions"].get(name, "none") for one in (profile, other)))
         for name in names
     ]
-    for key, here, there in pairs:
-        if here != there:
-            found.append(f"{key}: {str(here)[:40]} here, {str(there)[:40]} there")
-    return found
+    for key, own, others in pairs:
+        if own != others:
+            differences.append(f"{key}: {str(own)[:40]} here, {str(others)[:40]} there")
+    return differences

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
-SETTLE_SECONDS = 0.005
+SETTLE_SECONDS = 0.005  # pause before a part, in which idle threads stop spinning
 _T = TypeVar("_T")
 
 
@@ -33,8 +33,8 @@ class Rounds:
         self._settle_s = settle_s
 
     def add(self, key: Hashable, milliseconds: float) -> None:
-        """Keep one more sample."""
-        # A clock's tick is the least that it can tell.
+        """Add a sample, at least one tick of the clock."""
+        # A clock's tick is the least that it can measure.
         self.samples.setdefault(key, []).append(max(milliseconds, 1e-6))
 
     def timed(self, key: Hashable, run: Callable[[], _T]) -> _T:
@@ -58,7 +58,7 @@ class Rounds:
         return run()
 
     def settle(self) -> None:
-        """Wait until idle threads have stopped spinning."""
+        """Pause until idle threads have stopped spinning."""
         if self._settle_s:
             time.sleep(self._settle_s)
 

@@ -62,7 +62,7 @@ class RunSchedule:
             )
 
     def roles(self) -> dict[str, int]:
-        """How many calls of each role."""
+        """Return the number of calls by role."""
         schedule = self._schedule()
         counts = {"full": 0, "anchor": 0, "reduced": 0}
         for step in range(self.steps):
@@ -70,7 +70,7 @@ class RunSchedule:
         return counts
 
     def anchors_in_words(self) -> str:
-        """Where the anchors are, as "interval 10"."""
+        """Return the places of the anchors in words, as "interval 10"."""
         return "default anchors" if self.interval is None else f"interval {self.interval}"
 
     def _schedule(self) -> Schedule:
@@ -142,7 +142,7 @@ def _numbers_in(text: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordedRun:
-    """What a report of `edit-image` says of its calls.
+    """Calls of a run, from a report of `edit-image`.
 
     Attributes:
         calls: (role, reference tokens, kept tokens) of every call.
@@ -247,7 +247,7 @@ class StepTimes:
         return 0.0 if row is None else float(getattr(row.statistics, self._which))
 
     def _flops(self, kept: float) -> float:
-        """Of BACK at a length, which may lie between two tokens."""
+        """BACK's operations at a length, which may lie between two tokens."""
         batch, noisy, text, _ = self.geometry
         below = math.floor(kept)
 
@@ -281,7 +281,7 @@ class StepTimes:
         return self.front + self._gather_ms_a_token * kept + self.back(kept) + self.overhead
 
     def run(self, schedule: RunSchedule) -> float:
-        """A whole run."""
+        """Return the time of a whole run, milliseconds."""
         kept = schedule.kept * self.num_reference
         calls = sum(count * self.call(role, kept) for role, count in schedule.roles().items())
         return calls + schedule.steps * self.scheduler
@@ -295,7 +295,7 @@ class StepTimes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScheduleEstimate:
-    """What a schedule will cost.
+    """Predicted time of a schedule.
 
     Attributes:
         schedule: asked for.
@@ -331,7 +331,7 @@ class ScheduleEstimate:
 def estimate_schedule(
     profile: Profile, geometry: tuple[int, int, int, int], schedule: RunSchedule
 ) -> ScheduleEstimate:
-    """Add up what a profile says."""
+    """Predict the run time of a schedule from a profile's medians and their intervals."""
     low, middle, high = (StepTimes(profile, geometry, end) for end in ("low", "median", "high"))
     run = tuple(times.run(schedule) for times in (low, middle, high))
     full = tuple(times.full_run(schedule) for times in (low, middle, high))
@@ -368,7 +368,7 @@ def estimate_schedule(
 
 
 def _intervals(schedule: RunSchedule) -> Sequence[int]:
-    """Intervals worth telling: up to ten, halves and thirds of the run, and a single anchor."""
+    """Return the intervals to report: up to ten, halves and thirds of the run, and one anchor."""
     steps = max(1, schedule.steps - schedule.warmup)
     parts = {-(-steps // part) for part in range(1, 9)}
     own = () if schedule.interval is None else (schedule.interval,)

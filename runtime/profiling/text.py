@@ -33,7 +33,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def count(value: int, noun: str) -> str:
-    """So many of something."""
+    """Return a number with its noun, in the plural unless it is 1."""
     return f"{value} {noun}{'s' * (value != 1)}"
 
 
@@ -127,13 +127,13 @@ def profile_table(profile: Profile, *, is_wide: bool = False) -> str:
         below[0] += "; --wide shows every column"
     for geometry in profile.geometries:
         for name, item in ratios_of(profile, geometry).items():
-            one = float(name == "scored")  # told as what comes on top
+            one = float(name == "scored")  # reported as the extra time
             figures = (
                 f"{share(item.median - one)} [{share(item.low - one)}, {share(item.high - one)}]"
             )
             is_noisy = item.noise > profile.max_noise
-            told = _RATIOS[name].format(_TOO_NOISY if is_noisy else figures)
-            below.append(f"{profile.size_text(geometry)}: {told}")
+            value = _RATIOS[name].format(_TOO_NOISY if is_noisy else figures)
+            below.append(f"{profile.size_text(geometry)}: {value}")
     noisy = sum(row.statistics.noise > profile.max_noise for row in profile.rows)
     if noisy:
         below.append(
@@ -172,7 +172,7 @@ def broken(lines: Iterable[str]) -> str:
 
 
 def schedule_lines(estimates: Sequence[ScheduleEstimate], profile: Profile) -> list[str]:
-    """What a schedule will cost at each size."""
+    """Return lines on the predicted time of a schedule at each size."""
     lines = []
     for estimate in estimates:
         schedule = estimate.schedule
@@ -188,7 +188,7 @@ def schedule_lines(estimates: Sequence[ScheduleEstimate], profile: Profile) -> l
             )
         kept = f"{share(schedule.kept)} kept"
         if schedule.kept_is_bound:
-            kept = f"at most {kept} (the bound of tau; kept= or --report tells a picture's own)"
+            kept = f"at most {kept} (the bound of tau; kept= or --report gives a picture's own)"
         warmup = f", {schedule.warmup} warm-up steps" * (schedule.warmup > 0)
         branches = f", {schedule.branches} branches" * (schedule.branches > 1)
         lines += [
@@ -206,7 +206,7 @@ def schedule_lines(estimates: Sequence[ScheduleEstimate], profile: Profile) -> l
 
 
 def replay_lines(replays: Sequence[ReplayedRun]) -> list[str]:
-    """A recorded run beside its price."""
+    """Return lines that compare recorded runs with the predicted times."""
     lines = []
     for item in replays:
         lines.append(
@@ -320,7 +320,7 @@ def comparison_rows(comparison: ProfileComparison) -> list[list[str]]:
 
 
 def comparison_lines(comparison: ProfileComparison) -> list[str]:
-    """What else lies between two profiles."""
+    """Return lines on drift of the machine, unlike facts and rows that one profile lacks."""
     lines = []
     if comparison.drift is not None:
         lines.append(

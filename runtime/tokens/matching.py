@@ -39,7 +39,7 @@ _TIE = 1e-5  # gains in ToMA that differ by less are equal: two tokens left are 
 
 
 class TokenMerge(Protocol):
-    """What every way of merging returns."""
+    """Interface of what every way of merging returns."""
 
     @property
     def kept(self) -> Tensor:
@@ -55,7 +55,7 @@ class TokenMerge(Protocol):
         ...
 
     def entries(self, rows: Tensor) -> TokenMerge:
-        """Of some batch entries: (n,) int64."""
+        """The merge of some batch entries alone; `rows` is (n,) int64."""
         ...
 
 
@@ -131,7 +131,7 @@ class AttentionMerge:
         return out[:, :num_kept].to(x.dtype).contiguous()
 
     def unmerge(self, y: Tensor) -> Tensor:
-        """Spread by the transposed weights."""
+        """Spread merged tokens by the transposed weights."""
         batch, _, width = y.shape
         wide = torch.promote_types(y.dtype, torch.float32)
         padded = torch.cat([y.to(wide), y.new_zeros(batch, 1, width, dtype=wide)], dim=1)
@@ -203,7 +203,7 @@ def ibtm(
     resembles most. So tokens outside the pool merge first.
 
     In the paper's first steps (6 of 50 for pictures) `tomesd(..., prune=True)` stands in: guidance
-    tells little about importance there, and dropping keeps the layout (App. B).
+    says little about importance there, and dropping keeps the layout (App. B).
 
     Args:
         metric: (B, N, d).
@@ -413,7 +413,7 @@ def _segment_sums(rows: Tensor, sizes: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _TilePlan:
-    """How a sequence is cut: see `AttentionMerge`."""
+    """Cut of a sequence into tiles, as `AttentionMerge` merges them."""
 
     members: Tensor
     is_member: Tensor  # (T, n)

@@ -208,7 +208,7 @@ def select_by_residual(found: ResidualMask, ladder: Ladder, *, min_kept: int = 1
     """The kept tokens of a mask, as an engine takes them.
 
     The batch's largest count decides for all and is rounded up to the ladder's granularity, both by
-    keeping the tokens of the next-highest residual. `kept_mask` tells which those are: the update
+    keeping the tokens of the next-highest residual. `kept_mask` says which those are: the update
     has to leave them alone as well.
 
     Returns:
@@ -240,8 +240,8 @@ def is_non_local(
         found: of the source alone, before `embed`.
         max_kept_ratio: more kept tokens than this share leave nothing to gain.
         max_spread: a larger `residual_spread` says that most of the picture changes. Chosen on
-            training scenes of the small editor, where the spread told local edits from others
-            after two steps, and the kept ratio alone did not.
+            training scenes of the small editor, where the spread separated local edits from
+            others after two steps, and the kept ratio alone did not.
     """
     return (found.kept_ratio > max_kept_ratio) | (found.spread > max_spread)
 

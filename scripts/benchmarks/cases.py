@@ -52,17 +52,17 @@ class Ours:
         self.start()
 
     def start(self) -> None:
-        """Begin a request."""
+        """Close the open request and open another."""
         self._open.close()
         self._open.enter_context(self._transformer.open_request())
 
     @property
     def report(self) -> RunReport:
-        """Of the request."""
+        """The report of the request that is open."""
         return self._transformer.report
 
     def cache_context(self, name: str) -> AbstractContextManager[None]:
-        """Name the guidance branch."""
+        """Name the guidance branch of the calls inside, as diffusers does."""
         return self._transformer.cache_context(name)
 
     def __call__(self, **call: Any) -> Any:
@@ -89,7 +89,7 @@ class Way:
     counter: list[int] | None = None
 
     def start(self) -> None:
-        """Forget the previous request."""
+        """Drop what the previous request left behind."""
         if isinstance(self.transformer, Ours):
             self.transformer.start()
         elif self.counter is not None:
@@ -134,7 +134,7 @@ class Case:
 
     @property
     def manifest(self) -> Manifest:
-        """Of the engine set."""
+        """The manifest of the engine set."""
         return self.engines.engine_set.manifest
 
     def torch_engines(self) -> Engines:
@@ -321,7 +321,7 @@ def _engines(options: BuildOptions, threads: int) -> tuple[Engines, float | None
 
 
 def _call_of(size: CallSize, grids: list[Grid], config: Any, embeds: Tensor) -> dict[str, Any]:
-    """What a pipeline gives its transformer."""
+    """Return the arguments that a pipeline gives its transformer."""
     generator = torch.Generator().manual_seed(0)
     tokens = size.num_noisy + size.num_reference
     return {

@@ -159,7 +159,7 @@ def measure_runtime(task: dict[str, Any]) -> dict[str, Any]:
 def runtime_parts(
     engine_set: Any, length: int, task: dict[str, Any]
 ) -> dict[str, Callable[[], Any]]:
-    """What the runtime does between the graphs, at a length."""
+    """Return the parts that the runtime adds between the graphs, at a length."""
     manifest = engine_set.manifest
     size = {"noisy": length, "reference": length, "text": task["text"], "batch": 1, "references": 1}
     inputs = random_inputs(manifest, geometry_of(size), CPU)

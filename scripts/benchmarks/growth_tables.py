@@ -73,7 +73,7 @@ class Point:
         return rows[part]
 
     def flops(self, part: str) -> int:
-        """What the cost model counts."""
+        """Operations of a part by the cost model."""
         return int(self.of(part, lambda row: row.flops))
 
     def median_ms(self, part: str) -> float:
@@ -91,18 +91,18 @@ class Point:
 
     @property
     def is_scoring_clear(self) -> bool:
-        """Whether scoring takes so much of BACK that a difference tells it."""
+        """Whether scoring takes so much of BACK that a difference of times measures it."""
         return self.median_ms(SCORING) >= _CLEAR_SHARE * self.median_ms("back")
 
     @property
     def reduced_ratio(self) -> float:
-        """What BACK at half of the references takes of BACK's time, over what is predicted."""
+        """BACK's time at half of the references over its full time, divided by the prediction."""
         measured_share = self.median_ms("reduced") / self.median_ms("back")
         return measured_share * self.flops("back") / self.flops("reduced")
 
     @property
     def predicted_bytes(self) -> int:
-        """What `build-engine --dry-run` expects the graphs and what goes between them to take."""
+        """Bytes that `build-engine --dry-run` predicts for graphs and what goes between them."""
         engine, row = self.profile.engine, self.rows["front"]
         names = ("num_noisy", "num_reference", "num_text", "batch")
         size = CallSize(**{name: getattr(row, name) for name in names})
@@ -293,7 +293,7 @@ def _marks(entry: dict[str, Any]) -> list[tuple[int, int]]:
 
 
 def bytes_each(entry: dict[str, Any]) -> float:
-    """What a step or request left behind, on the mean over the later half of them."""
+    """Bytes that a step or request left behind, mean over the later half of them."""
     marks = _marks(entry)
     last = marks[-1]
     middle = next(mark for mark in marks if mark[0] >= last[0] / 2)
@@ -301,7 +301,7 @@ def bytes_each(entry: dict[str, Any]) -> float:
 
 
 def _rungs(entries: Sequence[dict[str, Any]]) -> Iterator[Section]:
-    """Sets of several rungs."""
+    """Yield the table of sets with several rungs."""
     columns = (
         "rungs", "load, ms", "step at half, ms", "step, products", "loaded", "after all rungs"
     )  # fmt: skip
@@ -342,7 +342,7 @@ _OTHERS: dict[str, Callable[[Sequence[dict[str, Any]]], Iterator[Section]]] = {
 
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:
-    """What decides, for one line of JSON."""
+    """Return the figures that decide, for one line of JSON."""
     found: dict[str, Any] = {}
     for axis in AXES:
         points = points_of(result.get(axis, []))

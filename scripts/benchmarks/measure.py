@@ -25,7 +25,7 @@ from ditrim.runtime.profiling.profile import statistics_of
 from ditrim.runtime.profiling.rounds import Rounds
 
 STEPS = 40  # of the run that scoring is a share of
-SETTLE_SECONDS = 0.02
+SETTLE_SECONDS = 0.02  # pause before a part, in which idle threads stop spinning
 BURST = {"small": 3, "wide": 1}
 # The largest relative difference of a step from diffusers' own; float32 gives about 1e-5.
 MOST_DIFFERENCE = 1e-3
@@ -53,14 +53,14 @@ class Progress:
         self._bar.stop()
 
     def begin(self, text: str, total: int | None = None) -> None:
-        """A new stage."""
+        """Start a stage and its bar."""
         self._bar.console.print(text, highlight=False)
         for task in self._bar.task_ids:
             self._bar.remove_task(task)
         self._bar.add_task(text, total=total)
 
     def advance(self) -> None:
-        """One more thing done."""
+        """Move the bar on by one."""
         self._bar.advance(self._bar.task_ids[-1])
 
 
@@ -173,7 +173,7 @@ def summary(samples: Sequence[float]) -> dict[str, Any]:
 
 
 def ratio(slower: Sequence[float], faster: Sequence[float]) -> dict[str, Any]:
-    """How many times as fast, paired round by round."""
+    """Return the speed-up, paired round by round."""
     return summary([a / b for a, b in zip(slower, faster, strict=True)])
 
 
@@ -365,7 +365,7 @@ def measure_edits(
 
 
 def mean_and_worst(quality: list[float], *, is_picture: bool) -> list[float] | None:
-    """Of what `distance` measured; none where nothing was."""
+    """Mean and worst of what `distance` measured; none where nothing was."""
     if not quality:
         return None
     functions = (statistics.mean, min if is_picture else max)

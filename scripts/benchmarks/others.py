@@ -91,7 +91,7 @@ class OneGraph(nn.Module):
 
     @contextlib.contextmanager
     def cache_context(self, name: str, **_: object) -> Iterator[None]:
-        """Nothing is cached."""
+        """Do nothing: one graph caches nothing between calls."""
         yield
 
     def forward(

@@ -66,7 +66,7 @@ def _verdict(bound: dict[str, Any]) -> str:
 
 
 def noise_complaints(result: dict[str, Any]) -> list[str]:
-    """What to say of cases that were measured on a busy machine."""
+    """Return complaints on cases that were measured on a busy machine."""
     found = []
     for name, case in result["cases"].items():
         for what, part in (("single steps", case), ("whole edits", case["edits"])):

@@ -87,7 +87,7 @@ def _parser() -> CommandParser:
     split.add_argument(
         "--score-details",
         action="store_true",
-        help="let BACK tell three scores of each of its layers, which ToPi's ablations read",
+        help="let BACK return three scores of each of its layers, which ToPi's ablations read",
     )
     engine = parser.add_argument_group("engine")
     engine.add_argument(
@@ -341,7 +341,7 @@ def _build(arguments: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
 
 
 def _activations(sizes: Sequence[int] | None) -> str:
-    """What the library said that a plan's activations take, from the shortest to the longest."""
+    """Return a plan's activation memory by the library's log, from the shortest to the longest."""
     if not sizes:
         return ""
     return f", activations {format_bytes(min(sizes))} to {format_bytes(max(sizes))}"

@@ -85,7 +85,7 @@ def _calibrate(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
 
 
 def _seen(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Outlook, float]]:
-    """Of each run of auto: what served it, what was known then, and the PSNR in dB."""
+    """Yield of each run of auto its method, what was known then, and the PSNR in dB."""
     for row in rows:
         notes = row.get("policy_notes") or {}
         method = notes.get("chosen")

@@ -211,5 +211,5 @@ def _default_front_depth(preset: str | None, family_default: int) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; see `run_command` for the exit codes."""
+    """Run `calibrate-layers`; returns the exit code."""
     return run_command(_parser, _calibrate, argv)

@@ -88,20 +88,20 @@ def add_whole(
     default: int | None = None,
     **more: Any,
 ) -> None:
-    """Add an option that takes whole numbers in [least, most]; its help tells the default."""
+    """Add an option that takes whole numbers in [least, most]; its help names the default."""
     _add(group, option, _ranged(int, least, most), text, default, metavar="N", **more)
 
 
 def add_number(
     group: Any, option: str, least: float, most: float, text: str, default: float | None = None
 ) -> None:
-    """Add an option that takes numbers in [least, most]; its help tells the default."""
+    """Add an option that takes numbers in [least, most]; its help names the default."""
     _add(group, option, _ranged(float, least, most), text, default, metavar="X")
 
 
 def _add(group: Any, option: str, kind: Any, text: str, default: Any, **more: Any) -> None:
-    told = text if default is None else f"{text} (default: {default})"
-    group.add_argument(option, type=kind, default=default, help=told, **more)
+    described = text if default is None else f"{text} (default: {default})"
+    group.add_argument(option, type=kind, default=default, help=described, **more)
 
 
 def _ranged(kind: Callable[[str], Any], least: float, most: float | None) -> Callable[[str], Any]:
@@ -118,7 +118,7 @@ def _ranged(kind: Callable[[str], Any], least: float, most: float | None) -> Cal
 
 
 class Terminal:
-    """Where a command speaks: results on stdout, everything else on stderr."""
+    """Writes a command's output: results on stdout, everything else on stderr."""
 
     def __init__(self, *, is_json: bool, is_verbose: bool, is_quiet: bool) -> None:
         self.is_json, self.is_verbose, self.is_quiet = is_json, is_verbose, is_quiet
@@ -138,7 +138,7 @@ class Terminal:
             self.console.print(f"[yellow]note:[/yellow] {escape(message)}", soft_wrap=True)
 
     def complain(self, message: str) -> None:
-        """An error on stderr."""
+        """Print an error on stderr."""
         self.console.print(f"[red]error:[/red] {escape(message)}", soft_wrap=True)
 
     @contextmanager
@@ -169,7 +169,7 @@ class Terminal:
             raise KeyboardInterrupt
 
     def stage(self, name: str) -> None:
-        """Begin a stage."""
+        """Start a stage: a bar on a terminal, a line elsewhere."""
         self.check_interrupt()
         if self._progress is not None:
             self._end_stage()
@@ -178,7 +178,7 @@ class Terminal:
             self.console.print(escape(name), soft_wrap=True)
 
     def update(self, done: int, total: int, unit: str = "bytes") -> None:
-        """How much of this stage is done, and in all; in bytes, or in steps shown as a share."""
+        """Show how much of this stage is done of how much; in bytes, or in steps as a share."""
         if self._progress is not None and self._task is not None:
             amount = f"{done / 1e6:,.0f} / {total / 1e6:,.0f} MB"
             if unit != "bytes":

@@ -127,7 +127,7 @@ def _parser() -> CommandParser:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reducing:
-    """How a run is made shorter; see `attach`."""
+    """Holds what makes a run shorter, as `attach` takes it."""
 
     policy: Policy
     cache: Cache | None = None

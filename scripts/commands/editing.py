@@ -134,11 +134,11 @@ class Opened:
 
     @property
     def engine_set(self) -> EngineSet:
-        """What the engines run."""
+        """The engine set that the engines run."""
         return self.engines.engine_set
 
     def pipeline(self) -> Any:
-        """Load the pipeline around the engines, on their device; see `load_pipeline`."""
+        """Load the pipeline around the engines with `load_pipeline`, on their device."""
         if self._pipe is None:
             self._pipe = self._make()
         return self._pipe

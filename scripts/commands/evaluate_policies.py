@@ -81,7 +81,7 @@ def _parser() -> CommandParser:
         required=True,
         metavar="TEXT",
         help="'name option=value ...' or 'label: name option=value ...'; again for each policy. "
-        "--list-policies tells names and options",
+        "--list-policies prints names and options",
     )
     compared.add_argument(
         "--list-policies", action=_ListPolicies, nargs=0, help="names and options, then exit"
@@ -233,7 +233,7 @@ def _settings(
     contenders: Sequence[Contender],
     has_lpips: bool,
 ) -> dict[str, Any]:
-    """What a comparison is; see `open_folder`."""
+    """Return the settings of a comparison, as `open_folder` takes them."""
     from ditrim.runtime.editing.pipelines import default_steps
     from ditrim.runtime.policy_text import policy_to_text
     from ditrim.runtime.profiling.machine import library_versions
@@ -264,7 +264,7 @@ def _settings(
 
 
 def machine_name(engines: Engines) -> str:
-    """What the runs are timed on."""
+    """Return the name of the machine that the runs are timed on."""
     if engines.device.type == "cuda":
         import torch
 
@@ -316,15 +316,15 @@ def _write(comparison: Comparison, lpips_note: str, terminal: Terminal) -> dict[
     folder = comparison.folder
     labels = [contender.label for contender in comparison.contenders]
     rows = complete_rows(folder.rows.values(), labels)
-    told = summarise_rows(rows, labels, REFERENCE)
-    results = {**folder.settings, "lpips": lpips_note, **told, "runs": rows}
+    summarised = summarise_rows(rows, labels, REFERENCE)
+    results = {**folder.settings, "lpips": lpips_note, **summarised, "runs": rows}
     files = {name: folder.folder / f"results.{name}" for name in ("csv", "json")}
     files["html"] = folder.folder / "report.html"
     write_file(files["csv"], rows_as_csv(rows).encode())
     write_file(files["json"], (json.dumps(results, allow_nan=False) + "\n").encode())
     terminal.stage("drawing the page")
     write_page(files["html"], results, comparison.edits, folder)
-    overall = told["summary"]["all"]
+    overall = summarised["summary"]["all"]
     _say(terminal, labels, overall, REFERENCE)
     terminal.say("\n".join(str(path) for path in files.values()))
     return {

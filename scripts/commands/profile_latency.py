@@ -148,7 +148,7 @@ def _run(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
             if schedule is None:
                 terminal.note(
                     f"--report {args.report}: its calls follow no schedule of anchors, so that no "
-                    "break-even share or best interval is told; give a --schedule for those"
+                    "break-even share or best interval is computed; give a --schedule for those"
                 )
         other = None if args.compare is None else load_profile(args.compare, "--compare")
         target: ProjectionTarget | None = None

@@ -61,7 +61,7 @@ DECAY: tuple[tuple[float, float], ...] = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingConfig:
-    """What decides a run's weights, next to the library versions."""
+    """Holds what decides a run's weights, next to the library versions."""
 
     steps: int = 14000
     seed: int = 0

@@ -144,7 +144,7 @@ def tune(
 
 
 def correlations(runs: Sequence[FrontRecorder], lags: Sequence[int]) -> dict[str, Any]:
-    """How well a change of FRONT's output tells that of the velocity: Pearson's r, by lag."""
+    """Pearson's r between the change of FRONT's output and that of the velocity, by lag."""
     result: dict[str, Any] = {}
     for lag in lags:
         found: dict[str, list[float]] = {"noisy": [], "joint": [], "reference": [], "velocity": []}

@@ -173,7 +173,7 @@ def run_graph(path: str, sizes: dict[str, int]) -> dict[str, int]:
 
 
 def estimate_case(name: str) -> dict[str, Any]:
-    """What the estimate says of a case, under the names of what is measured."""
+    """Return the estimate of a case, under the names of what is measured."""
     from ditrim.engines.build.source import planned_config
     from ditrim.engines.cost.devices import DEVICES
     from ditrim.engines.estimate.estimate import estimate

@@ -105,7 +105,7 @@ def load(path: Path, threads: int) -> dict[str, Any]:
 
 
 def optimised_nodes(path: Path) -> dict[str, int]:
-    """How often each operator is in the graph that ONNX Runtime runs."""
+    """Count each operator in the graph that ONNX Runtime runs."""
     import onnx
     import onnxruntime as ort
 
@@ -170,7 +170,7 @@ def compare_calls(root: Path, role: str, tokens: int, repeats: int, threads: int
 
 
 def summary(values: list[float]) -> dict[str, float]:
-    """Median, least and most."""
+    """Return median, least and most of some values."""
     return {
         "median": round(statistics.median(values), 4),
         "least": round(min(values), 4),
@@ -188,7 +188,7 @@ def run_stage(*arguments: object) -> Any:
 
 
 def compare(root: Path, stored: str, tokens: int, repeats: int, threads: int) -> dict[str, Any]:
-    """Everything about one checkpoint."""
+    """Measure load and run of every form of one checkpoint's graphs."""
     result = run_stage("make", root, stored)
     print(f"made: {result}", flush=True)
     result["roles"] = {}
@@ -220,7 +220,7 @@ def compare(root: Path, stored: str, tokens: int, repeats: int, threads: int) ->
 
 
 def run_as_stage(name: str, arguments: list[str]) -> Any:
-    """What a process of its own does."""
+    """Run one stage in this process and return its result."""
     path = Path(arguments[0])
     if name == "make":
         return make_graphs(path, arguments[1])

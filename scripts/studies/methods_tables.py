@@ -95,7 +95,7 @@ def table(
 
 
 def shortened(found: dict[str, Any]) -> dict[str, Any]:
-    """The summary with the metrics that are told of."""
+    """The summary with the metrics of the tables alone."""
     return {
         group: {
             label: {name: entry[name] for name in ("edits", "runs", *METRICS)}

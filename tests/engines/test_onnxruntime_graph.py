@@ -174,7 +174,7 @@ def test_large_logits_do_not_overflow() -> None:
     assert np.abs(found - column_sums_reference(queries, others, 1.0)).max() < 2e-3
 
 
-def test_no_rows_give_noughts() -> None:
+def test_no_rows_give_zeros() -> None:
     queries, others = random_rows(0, 5)
     assert (column_sums(queries, others, 1.0) == 0).all()
 

@@ -122,5 +122,5 @@ def test_random_layers_follow_the_seed(
 def test_a_set_without_details_says_how_to_build_one(
     change: dict[str, Any], call: Call, tiny_engine_sets: Any
 ) -> None:
-    with pytest.raises(UsageError, match=r"needs an engine set that tells .* --score-details"):
+    with pytest.raises(UsageError, match=r"needs an engine set that returns .* --score-details"):
         kept_by(tiny_engine_sets("qwen-edit"), call, **change)

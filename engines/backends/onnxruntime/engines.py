@@ -38,7 +38,7 @@ _SPIN_US = 100
 
 
 def session_options(path: Path, device: str = "cpu", threads: int = 0) -> SessionOptions:
-    """How a session is made.
+    """Return the session options of a graph on a device.
 
     Args:
         path: of the graph.
@@ -87,7 +87,7 @@ def _cuda_options(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _left_to_cpu(sessions: Iterable[onnxruntime.InferenceSession]) -> str:
-    """What of the graphs the CPU runs though a GPU was chosen, as the end of a sentence.
+    """The operators that the CPU runs though a GPU was chosen, as the end of a sentence.
 
     Its inputs and outputs are copied. Computing shapes is meant to be there.
     """

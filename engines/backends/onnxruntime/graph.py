@@ -77,7 +77,7 @@ def column_sums_function(block_rows: int = ONNXRUNTIME_ROWS) -> onnx.FunctionPro
     """`ColumnSums(queries, keys; scale) -> sums`: attention that keys receive, summed over rows.
 
     (B, H, R, D), (B, H, N, D) -> (B, H, N) float32: the sum over rows of softmax(scale q k), of
-    which ToPi Eq. 9 takes the reference columns. No rows give noughts.
+    which ToPi Eq. 9 takes the reference columns. Returns zeros where no rows are scored.
 
     Args:
         block_rows: rows whose logits are alive at a time.
@@ -119,7 +119,7 @@ def column_sums_function(block_rows: int = ONNXRUNTIME_ROWS) -> onnx.FunctionPro
         helper.make_node("Div", ["rows_up", "block"], ["num_blocks_1"]),
         helper.make_node("Squeeze", ["num_blocks_1"], ["num_blocks"]),
         helper.make_node("Shape", ["keys"], ["sums_shape"], start=0, end=3),
-        helper.make_node("ConstantOfShape", ["sums_shape"], ["no_sums"]),  # float32 noughts
+        helper.make_node("ConstantOfShape", ["sums_shape"], ["no_sums"]),  # float32 zeros
         helper.make_node("Loop", ["num_blocks", "", "no_sums"], ["sums"], body=body),
     ]
     return _function_of(nodes)
@@ -136,7 +136,7 @@ def column_sums_unrolled(num_blocks: int = CUDA_BLOCKS) -> onnx.FunctionProto:
         int_constant("axis_1", 1),
         int_constant("axis_2", 2),
         int_constant("num_blocks", num_blocks),
-        float_constant("nought", 0.0),
+        float_constant("zero", 0.0),
         float_constant("one", 1.0),
         scale_constant("scale_f"),
         helper.make_node("Cast", ["queries"], ["queries_f"], to=TensorProto.FLOAT),
@@ -154,11 +154,11 @@ def column_sums_unrolled(num_blocks: int = CUDA_BLOCKS) -> onnx.FunctionProto:
         helper.make_node(
             "Concat", ["num_batch_heads", "num_padding", "width"], ["padding_shape"], axis=0
         ),
-        helper.make_node("Expand", ["nought", "padding_shape"], ["padding"]),
+        helper.make_node("Expand", ["zero", "padding_shape"], ["padding"]),
         helper.make_node("Concat", ["scaled", "padding"], ["rows"], axis=2),
         helper.make_node("Expand", ["one", "num_rows"], ["ones"]),
-        helper.make_node("Expand", ["nought", "num_padding"], ["noughts"]),
-        helper.make_node("Concat", ["ones", "noughts"], ["counts_flat"], axis=0),
+        helper.make_node("Expand", ["zero", "num_padding"], ["zeros"]),
+        helper.make_node("Concat", ["ones", "zeros"], ["counts_flat"], axis=0),
         helper.make_node("Unsqueeze", ["counts_flat", "axis_0"], ["counts"]),
         helper.make_node(
             "Split", ["rows"], [f"rows_{i}" for i in blocks], axis=2, num_outputs=num_blocks

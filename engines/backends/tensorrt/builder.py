@@ -35,7 +35,7 @@ _BF16_FROM = (8, 0)
 
 
 class Steps(Protocol):
-    """Who is told how far a plan is; `ditrim.engines.build.progress.Progress` is one."""
+    """Receives the progress of a plan; `ditrim.engines.build.progress.Progress` is one."""
 
     def stage(self, name: str) -> None: ...
 
@@ -43,7 +43,7 @@ class Steps(Protocol):
 
 
 def choose_target(options: PlanOptions, gpu: Gpu | None) -> Target:
-    """What to build for, checked against the GPU that is there.
+    """Return the build target, checked against the GPU of this machine.
 
     Raises:
         BackendError: a GPU is needed and there is none, or it cannot do what is asked.
@@ -73,7 +73,7 @@ def choose_target(options: PlanOptions, gpu: Gpu | None) -> Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LibraryFacts:
-    """What the library in the worker says of itself.
+    """Version and defaults of the library that the worker imports.
 
     Attributes:
         version: the library's.
@@ -145,7 +145,7 @@ def check_attention(target: Target, facts: LibraryFacts) -> None:
 
 
 def describe_target(target: Target, facts: LibraryFacts, options: PlanOptions) -> dict[str, Any]:
-    """The manifest's `target`."""
+    """Return what the manifest's `target` holds: the GPUs and libraries that plans are for."""
     if target.backend == "tensorrt":
         assert target.gpu is not None
         built_for = [target.gpu.capability_name]

@@ -37,7 +37,7 @@ _OPTIONS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContextKey:
-    """What a context was made for; it never changes.
+    """Identifies an execution context: what it was created for, which never changes.
 
     Attributes:
         role: of the plan.
@@ -79,7 +79,7 @@ class BoundedCache(Generic[K, V]):
         self._items.move_to_end(key)
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Drop all values."""
         self._items.clear()
 
     def __len__(self) -> int:
@@ -179,7 +179,7 @@ def choose_profile(
 
 @dataclass(slots=True)
 class ArenaSize:
-    """How large the activation memory is that all contexts share, which run in turn.
+    """Size of the activation memory that all contexts share, which run in turn.
 
     Attributes:
         num_bytes: of the present buffer; 0 before the first.
@@ -211,7 +211,7 @@ class GraphBook(Generic[V]):
         self._seen: BoundedCache[Addresses, bool] = BoundedCache(most_seen)
 
     def next_action(self, addresses: Addresses) -> Action:
-        """What to do with a call on these tensors: capture the second one."""
+        """Return the action for a call on these tensors: the second one is captured."""
         if self._graphs.get(addresses) is not None:
             return "replay"
         if self._seen.get(addresses):
@@ -220,7 +220,7 @@ class GraphBook(Generic[V]):
         return "enqueue"
 
     def keep(self, addresses: Addresses, graph: V) -> None:
-        """Note a captured graph."""
+        """Store a captured graph under its addresses."""
         self._graphs.put(addresses, graph)
 
     def graph(self, addresses: Addresses) -> V:

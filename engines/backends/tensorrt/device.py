@@ -72,7 +72,7 @@ class DriverGraph:
             raise CaptureError(f"capturing failed: {function} said {code}")
 
     def launch(self, stream: int) -> None:
-        """Queue the graph."""
+        """Queue the graph on a stream."""
         code = self._cuda.cuGraphLaunch(self._executable, ctypes.c_void_p(stream))
         if code:
             raise BackendError(f"a CUDA graph could not be queued: cuGraphLaunch said {code}")
@@ -103,7 +103,7 @@ class Hardware(Protocol):
         ...
 
     def handle(self, stream: Any) -> int:
-        """What TensorRT calls the stream."""
+        """The stream's CUDA handle, as TensorRT takes it."""
         ...
 
     def mark(self, stream: Any) -> Any:
@@ -127,7 +127,7 @@ class Hardware(Protocol):
         ...
 
     def capture(self, stream: Any, enqueue: Callable[[], bool]) -> Any:
-        """What `enqueue` queues on the stream as a graph, which is not run.
+        """Capture what `enqueue` queues on the stream as a graph, without running it.
 
         Raises:
             CaptureError: it cannot be captured.
@@ -135,7 +135,7 @@ class Hardware(Protocol):
         ...
 
     def replay(self, graph: Any, stream: Any) -> None:
-        """Queue a graph."""
+        """Queue a captured graph on a stream."""
         ...
 
     def synchronize(self) -> None:
@@ -170,7 +170,6 @@ class CudaHardware:
 
     @contextmanager
     def session_stream(self) -> Iterator[Any]:
-        """See `Hardware.session_stream`."""
         with torch.cuda.device(self.device):
             caller = torch.cuda.current_stream(self.device)
             if caller != torch.cuda.default_stream(self.device):
@@ -187,25 +186,20 @@ class CudaHardware:
                 caller.wait_stream(own)
 
     def handle(self, stream: Any) -> int:
-        """See `Hardware.handle`."""
         return int(stream.cuda_stream)
 
     def mark(self, stream: Any) -> Any:
-        """See `Hardware.mark`."""
         event = torch.cuda.Event()
         event.record(stream)
         return event
 
     def wait(self, stream: Any, event: Any) -> None:
-        """See `Hardware.wait`."""
         stream.wait_event(event)
 
     def finish(self, event: Any) -> None:
-        """See `Hardware.finish`."""
         event.synchronize()
 
     def allocate(self, num_bytes: int) -> torch.Tensor:
-        """See `Hardware.allocate`."""
         try:
             return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
         except torch.OutOfMemoryError as error:
@@ -216,13 +210,10 @@ class CudaHardware:
             ) from error
 
     def capture(self, stream: Any, enqueue: Callable[[], bool]) -> Any:
-        """See `Hardware.capture`."""
         return DriverGraph(ctypes.CDLL("libcuda.so.1"), self.handle(stream), enqueue)
 
     def replay(self, graph: Any, stream: Any) -> None:
-        """See `Hardware.replay`."""
         graph.launch(self.handle(stream))
 
     def synchronize(self) -> None:
-        """See `Hardware.synchronize`."""
         torch.cuda.current_stream(self.device).synchronize()

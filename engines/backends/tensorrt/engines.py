@@ -63,8 +63,8 @@ class _Context:
         book: its graphs; none where nothing is captured.
         shapes: of the inputs, as they are set; none where they were refused.
         num_bytes: of activations that it needs at these shapes.
-        generation: of the arena that it was told; -1 before the first.
-        addresses: of the tensors that it was told.
+        generation: of the arena that was set last; -1 before the first.
+        addresses: of the tensors that were set last.
         last_use: event after its last work on a stream.
     """
 
@@ -164,7 +164,7 @@ class TensorRTEngines:
     def run(
         self, role: str, inputs: Mapping[str, torch.Tensor], outputs: Mapping[str, torch.Tensor]
     ) -> None:
-        """See `Engines.run`. Queues the work and returns; the caller's stream waits for it."""
+        """Queue the work and return; the caller's stream waits for it."""
         check_not_forked()
         plan = self._plan_of(role)
         tensors = {spec.name: inputs.get(spec.name) for spec in plan.spec.inputs}
@@ -187,7 +187,7 @@ class TensorRTEngines:
             self._run_in_turn(plan, key, sizes, tuple(given), addresses, stream)
 
     def synchronize(self) -> None:
-        """See `Engines.synchronize`: waits for what the calling thread queued."""
+        """Wait for what the calling thread queued."""
         self._hardware.synchronize()
 
     def stats(self) -> dict[str, Any]:
@@ -347,7 +347,7 @@ class TensorRTEngines:
             num_bytes = 0 if problem else int(native.update_device_memory_size_for_shapes())
             # It says 0 where it fails, too.
             if not problem and not num_bytes and said(lines):
-                problem = "the memory for these shapes could not be told"
+                problem = "the memory for these shapes could not be computed"
         if problem:
             raise BackendError(
                 f"{self._library.backend}: {problem} for the {role} plan at "

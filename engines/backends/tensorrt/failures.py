@@ -35,10 +35,10 @@ _LOWER = (
 
 
 def explain_failure(lines: list[str], backend: str, request: PlanRequest | None) -> str:
-    """What a failed build means and what to do, from what the library said.
+    """Return the cause of a failed build and the remedy, from the library's messages.
 
     Args:
-        lines: its complaints, the most telling of which is looked for.
+        lines: its complaints, the most specific of which is chosen.
         backend: "tensorrt" or "tensorrt-rtx".
         request: what was to be built; none for questions to the library.
     """
@@ -106,7 +106,7 @@ def _shortened(lines: list[str]) -> str:
 
 
 def explain_end(code: int, text: str, backend: str, request: PlanRequest | None) -> str:
-    """What it means that the worker died without a word."""
+    """Return the likely cause where the worker died without a message."""
     role = "" if request is None else f" while it built the {request.role} plan"
     if code == -signal.SIGKILL:
         return (

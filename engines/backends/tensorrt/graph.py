@@ -10,7 +10,7 @@ layers too, and keeps all their logits; so each block waits for the one before, 
 scored layer's attention waits for its scores. Trade-off: blocks make a plan larger, on every rung.
 
 A parser that lacks an operator of opset 23 gets it as a function of older ones, in a graph of opset
-20. Limits: whether a library fuses an attention that it gets like that, nothing here can tell.
+20. Limits: whether a library fuses an attention that it gets like that is not known here.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 LEAST_VERSIONS = {"tensorrt": (10, 9), "tensorrt-rtx": (1, 2)}
-# What TensorRT-RTX builds for when it is not told: every one that it knows from Ampere on.
+# TensorRT-RTX's default targets: every capability that it knows from Ampere on.
 _RTX_DEFAULT_FROM = (8, 0)
 _CAPABILITY_ATTRIBUTES = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
 _DRIVER_VERSION = Path("/proc/driver/nvidia/version")
@@ -52,7 +52,7 @@ class Library:
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """The version as numbers."""
+        """The version as a tuple of integers, as (10, 9)."""
         return version_numbers(self.version)
 
 
@@ -74,7 +74,7 @@ class Gpu:
 
     @property
     def capability_name(self) -> str:
-        """As "8.9"."""
+        """The compute capability as text, as "8.9"."""
         return capability_name(self.capability)
 
 
@@ -176,7 +176,7 @@ def _make_logger(module: Any) -> Any:
 
 @contextmanager
 def log_captured() -> Iterator[list[tuple[str, str]]]:
-    """What the library complains of meanwhile, and memory figures, as (severity, message)."""
+    """Collect the library's complaints and memory figures meanwhile, as (severity, message)."""
     lines: list[tuple[str, str]] = []
     _captures.append(lines)
     try:

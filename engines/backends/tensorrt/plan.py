@@ -227,6 +227,6 @@ def _unfit_for_graphs(library: Library, engine: Any) -> str | None:
 
 
 def said(lines: list[tuple[str, str]]) -> str:
-    """What the library logged of a failure, as the end of a sentence."""
+    """Return the library's messages on a failure, as the end of a sentence."""
     severe = [message.strip() for severity, message in lines if severity in _SEVERE]
     return f" ({'; '.join(severe[-_SHOWN_LINES:])})" if severe else ""

@@ -19,7 +19,7 @@ TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 
 
 class PlanOptions(Protocol):
-    """What of a build's options decides its plans; see `BuildOptions`."""
+    """The options of a build that decide its plans; `BuildOptions` describes them."""
 
     @property
     def backend(self) -> str: ...
@@ -47,7 +47,7 @@ class PlanOptions(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """What plans are built for.
+    """The backend and GPU that plans are built for.
 
     Attributes:
         backend: "tensorrt" or "tensorrt-rtx".
@@ -63,7 +63,7 @@ class Target:
     allow_unfused: bool = False
 
     def identity(self) -> dict[str, Any]:
-        """What of the target a plan depends on."""
+        """The part of the target that a plan depends on."""
         if self.backend == "tensorrt":
             assert self.gpu is not None
             return {
@@ -104,7 +104,7 @@ class PlanRequest:
         return any(spec.name == "influence" for spec in self.outputs)
 
     def job(self) -> dict[str, Any]:
-        """What the worker is told."""
+        """The job that the worker reads, as JSON-ready values."""
         options, gpu = self.options, self.target.gpu
         shapes = [
             {

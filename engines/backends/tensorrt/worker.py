@@ -2,7 +2,7 @@
 
 Replaces: building in the process of the command. Between two calls of TensorRT's progress monitor
 many seconds can pass, minutes for a large model; a process can be stopped at once. Where the
-library crashes, it alone dies; it gives back all the memory that it took, and it settles which of
+library crashes, it alone dies; it gives back all the memory that it took, and it fixes which of
 the two libraries Polygraphy works with (POLYGRAPHY_USE_TENSORRT_RTX) without changing the caller's
 environment. Trade-off: it starts anew for every plan, a second or two.
 
@@ -46,7 +46,7 @@ _WEIGHTS = re.compile(r"Total Weights Memory: (\d+) bytes")
 
 
 class _Line:
-    """The way back to the caller."""
+    """Sends JSON lines to the caller."""
 
     def __init__(self, descriptor: int) -> None:
         self._file = os.fdopen(descriptor, "w", encoding="utf-8")
@@ -64,7 +64,7 @@ class _Line:
 
 
 def _make_monitor(module: Any, line: _Line) -> Any:
-    """An `IProgressMonitor` that tells the outermost phase and the one inside it."""
+    """An `IProgressMonitor` that reports the outermost phase and the one inside it."""
 
     class Monitor(module.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:

@@ -27,7 +27,7 @@ from ditrim.plugins.attention import JointContext, join_rope, paired
 
 @dataclass(slots=True, kw_only=True)
 class Streams:
-    """What goes from block to block.
+    """Hidden states that pass from block to block.
 
     Attributes:
         hidden: (B, G + C, d) noisy, then reference tokens; (B, G, d) after the last block.

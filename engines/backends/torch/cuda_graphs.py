@@ -42,7 +42,7 @@ def capture(run: Callable[[], None]) -> Callable[[], None]:
 
 
 def state_of(transformer: nn.Module) -> object:
-    """What a captured graph took for granted: places of weights, LoRAs and their scales."""
+    """Return what invalidates a captured graph: addresses of weights, LoRAs and their scales."""
     facts: list[object] = []
     module: Any
     for module in transformer.modules():

@@ -61,17 +61,17 @@ class TorchEngines:
 
     @property
     def device(self) -> torch.device:
-        """Where the transformer computes, also where its weights wait elsewhere."""
+        """The device that the transformer computes on, also where its weights are offloaded."""
         return execution_device(self.transformer)
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the transformer computes in."""
+        """The dtype that the transformer computes in."""
         return dtype_of(self.transformer)
 
     @property
     def choice(self) -> str:
-        """What runs where, one sentence."""
+        """One sentence that says what runs on which device."""
         return f"{self._how} on {self.device}: the pipeline's own transformer"
 
     def hold(self) -> None:
@@ -88,7 +88,7 @@ class TorchEngines:
 
     @torch.no_grad()
     def run(self, role: str, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
-        """Run a graph; see `Engines.run`."""
+        """Run a graph of the transformer's own modules."""
         check_not_forked()
         graph = self._front if role == "front" else self._back
         with held_processors(self.transformer), _around_forward(self.transformer):

@@ -1,7 +1,7 @@
 """Attention processors that serve the pipeline's own calls and those of the torch backend.
 
 Replaces: exchanging the processors for the time of a call, which every other pipeline over the same
-transformer would notice. A live processor is told apart by its argument alone: given a
+transformer would notice. A live processor decides by its argument alone: given a
 `JointContext` it runs this package's attention, given anything else it is what it stands for,
 whose attributes it shares. So threads, offload hooks, compiled blocks and a second pipeline go on
 as before.
@@ -90,7 +90,7 @@ def _same(processor: Any) -> Any:
 
 
 class _Live:
-    """Marks a live processor."""
+    """Base class by which live processors are recognised."""
 
     __slots__ = ()
     _stands_for: Any

@@ -42,7 +42,7 @@ def score_with_kernel(
     reference_values: Tensor,
     scale: float,
 ) -> Tensor:
-    """Token influence score of one layer (ToPi Eq. 9); see `plugins.kernel.influence`."""
+    """Token influence score of one layer (ToPi Eq. 9), by `plugins.kernel.influence`."""
     from ditrim.plugins.kernel import influence
 
     return influence(
