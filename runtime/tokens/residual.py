@@ -30,6 +30,8 @@ from ditrim.plugins.errors import UsageError
 from ditrim.plugins.layout import TokenGrid
 
 BINS = 256
+# A blurred plane differs from itself by the rounding of its sums, so many units in the last place.
+_ROUNDING = 32
 BLUR_SIZE = 11
 BLUR_STD = 1.0
 
@@ -181,7 +183,7 @@ def adaptive_mask(
     """
     blurred = blur_on_grid(residual, grid)
     low, high = blurred.amin(dim=1, keepdim=True), blurred.amax(dim=1, keepdim=True)
-    has_contrast = high > low
+    has_contrast = high - low > _ROUNDING * torch.finfo(blurred.dtype).eps * high
     scores = (blurred - low) / torch.where(has_contrast, high - low, 1.0)
     deviation = scores.double().std(dim=1, correction=0)
     threshold = triangle_threshold(scores, num_bins) - omega * deviation

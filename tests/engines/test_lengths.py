@@ -149,10 +149,10 @@ def test_positions_are_those_of_diffusers() -> None:
     """The limit that texts and pictures share is the length of the model's own table."""
     from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 
-    from ditrim.engines.build.lengths import _QWEN_POSITIONS
+    from ditrim.plugins.architectures import ARCHITECTURES
 
     rope = QwenEmbedRope(theta=10000, axes_dim=[4, 6, 6], scale_rope=True)
-    assert len(rope.pos_freqs) == len(rope.neg_freqs) == _QWEN_POSITIONS
+    assert len(rope.pos_freqs) == len(rope.neg_freqs) == ARCHITECTURES["qwen"].positions_limit
     _, text = rope([[(1, 2, 8000)]], max_txt_seq_len=96)
     assert len(text) == 96
     _, text = rope([[(1, 2, 8000)]], max_txt_seq_len=97)

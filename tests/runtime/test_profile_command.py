@@ -198,7 +198,7 @@ def test_a_report_of_edit_image_gives_the_kept_share(
     report.write_text("{}")
     code, content, _ = run("--profile", measured / "profile.json", "--report", report)
     assert code == 2
-    assert "is no report of edit-image" in content["error"]
+    assert "key 'run' is missing; give a file that edit-image --report wrote" in content["error"]
 
 
 @pytest.mark.parametrize(
