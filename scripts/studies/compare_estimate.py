@@ -52,6 +52,7 @@ CASES: dict[str, dict[str, Any]] = {
     "rtx-qwen-3072": {**_REAL, "num_layers": 3},
     "rtx-qwen-2511-3072": {**_REAL, "model": "qwen-edit-2511", "num_layers": 2},
     "rtx-flux-3072": {**_REAL, **_FLUX, "num_layers": 3},
+    "rtx-qwen-3072-three-scored": {**_REAL, "num_layers": 4, "layers": (1, 2, 3)},
     "rtx-qwen-1024-two-scored": {**_NARROW_RTX, "num_layers": 4, "layers": (2, 3)},
     "rtx-flux-1024": {**_NARROW_RTX, **_FLUX, "max_batch": 2, "min_batch": 2, "opt_batch": 2},
     "ort-qwen-1024": _ORT,
