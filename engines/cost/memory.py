@@ -30,6 +30,8 @@ _ONNXRUNTIME_STANDARD = (15.5, 15.5)
 # Code of a scored layer in a plan, for each profile: of the layer, and of each block of its rows.
 _SCORING_CODE, _BLOCK_CODE = 600_000, 680_000
 _PLUGIN_CODE = 1_200_000  # assumed
+# Of a channel of a scored row: its query in float32, and what its parts take besides.
+_QUERY_BYTES = 5
 # TensorRT-RTX states so much more for narrow models; in wide ones the rest hides it.
 _LIBRARY_BYTES = 16 << 20
 
@@ -75,13 +77,13 @@ def activation_bytes(
         # Its standard attention is not fused: the logits of all heads, float32.
         peak += 4 * heads * keys * keys
     if num_rows and backend == "tensorrt-rtx":
-        # A block of rows at a time and a layer after the other: only what a layer hands over
-        # comes on top for the others. Its keys are widened to float32.
-        over_keys, over_references = stream.logits
-        columns = over_keys * keys + over_references * size.num_reference
-        peak += 4 * heads * _rtx_block_rows(num_rows) * columns
-        is_widened = precision != "fp32" and over_keys == 1
-        peak += hidden * keys * (is_widened + (num_scored > 1))
+        # A block of rows at a time and a layer after the other, with float32 queries of all rows.
+        # Where several layers score, a layer hands over hidden states, and single-stream blocks
+        # keep two layers' logits.
+        block = 4 * heads * _rtx_block_rows(num_rows) * keys
+        several = num_scored > 1
+        peak += block * stream.logits * (1 + (several and stream.logits < 1))
+        peak += _QUERY_BYTES * heads * head_dim * num_rows + several * hidden * keys
     elif num_rows:
         block_rows = 0
         if backend == "onnxruntime":
