@@ -418,7 +418,7 @@ def _live_class_for(name: str) -> type[EngineTransformer]:
 
 
 def _own_attribute(self: Any, name: str) -> Any:
-    """What a stand-in has not itself, as blocks and the LoRAs that are loaded, its transformer has."""
+    """What a stand-in lacks, as blocks and the list of loaded LoRAs, its transformer has."""
     try:
         return nn.Module.__getattr__(self, name)
     except AttributeError:

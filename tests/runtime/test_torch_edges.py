@@ -116,7 +116,7 @@ def test_a_session_and_an_open_request_look_at_the_transformer_too() -> None:
     from diffusers.hooks import FirstBlockCacheConfig
 
     transformer = tiny_transformer("qwen-edit")
-    assert len(list(denoise(transformer))) == 1
+    assert len(list(denoise(transformer))) == 2
     replace_forward(transformer)
     with pytest.raises(UsageError, match="forward of the transformer was replaced"):
         denoise(transformer)
@@ -144,6 +144,29 @@ def test_a_lora_is_loaded_and_switched_inside_a_call(tmp_path: Path) -> None:
     arguments = request("qwen-edit") | {"callback_on_step_end": change}
     expected = run(pipe, arguments)
     pipe.unload_lora_weights()
+    with attach(pipe, ditrim.FullContext()):
+        found = run(pipe, arguments)
+    largest = float(expected.abs().max())
+    assert float((found - expected).abs().max()) < 1e-5 * largest
+    assert float((found - plain).abs().max()) > 1e-2 * largest
+
+
+@pytest.mark.parametrize("family", ["qwen-edit", "flux-kontext"])
+def test_a_forward_that_a_library_gave_a_class_of_blocks_acts(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, arguments = tiny_pipeline(family), request(family)
+    plain = run(pipe, arguments)
+    own = pipe.transformer
+    kind: Any = type([*own.transformer_blocks, *getattr(own, "single_transformer_blocks", [])][-1])
+    forward = kind.forward
+
+    def shifted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        text, hidden = forward(self, *args, **kwargs)
+        return text, hidden + hidden.roll(1, dims=-1)
+
+    monkeypatch.setattr(kind, "forward", shifted)
+    expected = run(pipe, arguments)
     with attach(pipe, ditrim.FullContext()):
         found = run(pipe, arguments)
     largest = float(expected.abs().max())

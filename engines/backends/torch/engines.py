@@ -10,6 +10,7 @@ parallelism) would have no effect and is refused.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -153,7 +154,8 @@ def dtype_of(transformer: Any) -> torch.dtype:
 
 def execution_device(transformer: Any) -> torch.device:
     """Where a transformer computes; offload hooks bring the weights there."""
-    for module in transformer.modules():
+    # Hooks are on the whole, or on every block or leaf alike: one block of many tells.
+    for module in itertools.chain([transformer], blocks_of(transformer)[0].modules()):
         hook = getattr(module, "_hf_hook", None)
         device = getattr(hook, "execution_device", None)
         if device is not None:
@@ -162,8 +164,8 @@ def execution_device(transformer: Any) -> torch.device:
             device = getattr(getattr(hook, "group", None), "onload_device", None)
             if device is not None:
                 return torch.device(device)
-    device = transformer.device
-    return device if isinstance(device, torch.device) else torch.device(device)
+    device: torch.device = next(transformer.parameters()).device
+    return device
 
 
 @contextlib.contextmanager
