@@ -41,16 +41,18 @@ class Attachment:
         config = getattr(pipe, "config", {})
         self._original_entry = config.get("transformer")
         self._is_attached = True
+        if self._held is not None:
+            self._held.hold()
         try:
             pipe.__class__ = _attached_class(base)
         except TypeError as error:
+            if self._held is not None:
+                self._held.release()
             raise UsageError(
                 f"{self._original_class.__name__} cannot be attached to: instances of its class "
                 f"cannot be changed ({error})"
             ) from error
-        if self._held is not None:
-            self._held.hold()
-        else:
+        if self._held is None:
             pipe.transformer = transformer
         vars(pipe)[_STAND_IN] = transformer
 
@@ -73,6 +75,8 @@ class Attachment:
                 "this thread is inside a request of this attachment already: end it first, or run "
                 "each in a thread of its own"
             )
+        if self._is_attached and self._held is not None:
+            check_live(vars(self.pipe)["transformer"], self._held.transformer)
         return self.transformer.open_request()
 
     def detach(self) -> None:

@@ -7,6 +7,7 @@ An engine runs the weights that it was built from. What a pipeline's transformer
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -179,12 +180,20 @@ def _check_caches(where: str, module: nn.Module) -> None:
 
 
 def _check_forward(where: str, module: nn.Module) -> None:
-    """Refuse a call that is not the module's own; offloading wraps it, and marks that it does."""
-    is_wrapped = hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
-    is_replaced = "forward" in vars(module) and not is_wrapped
+    """Refuse a call that is not the module's own; offloading wraps it."""
+    forward: Any = vars(module).get("forward")
+    is_replaced = forward is not None and _unhooked(forward) is not type(module).forward
     is_patched = _is_diffusers(type(module)) and not _is_diffusers(type(module).forward)
     if is_replaced or is_patched or module._forward_hooks or module._forward_pre_hooks:
         _refuse_forward(where)
+
+
+def _unhooked(forward: Any) -> Any:
+    """The function inside the wrappers of accelerate's and diffusers' hooks."""
+    libraries = ("accelerate.", "diffusers.")
+    while isinstance(forward, functools.partial) and forward.func.__module__.startswith(libraries):
+        forward = forward.__wrapped__  # type: ignore[attr-defined]
+    return getattr(forward, "__func__", None)
 
 
 def _is_diffusers(code: Any) -> bool:

@@ -22,6 +22,7 @@ from ditrim.runtime.denoising.denoiser import Denoiser
 from ditrim.runtime.denoising.inputs import ModelInputs
 from ditrim.runtime.denoising.rope import rope_for
 from ditrim.runtime.denoising.state import RequestState
+from ditrim.runtime.fit import check_live
 from ditrim.runtime.policies.topi import ToPi
 from ditrim.runtime.policy import Policy
 from ditrim.runtime.report import RunReport, StepRecord
@@ -152,6 +153,9 @@ class EditSession:
         Raises:
             UsageError, LadderError: when the first step is asked for at the latest.
         """
+        live = getattr(self._denoiser.engines, "transformer", None)
+        if live is not None:
+            check_live(live, live)
         levels = _checked_sigmas(sigmas)
         layout = _checked_layout(noisy, noisy_grid, references, reference_grids)
         branches = {"cond": (text_embeds, text_mask, pooled_text)}

@@ -412,8 +412,19 @@ def _live_class_for(name: str) -> type[EngineTransformer]:
         and attribute not in own
         and callable(getattr(base, attribute))
     }
+    methods["__getattr__"] = _own_attribute
     members = {"__doc__": EngineTransformer.__doc__, "__module__": __name__}
     return type("EngineTransformer", (type("_Own", (), methods), EngineTransformer, base), members)
+
+
+def _own_attribute(self: Any, name: str) -> Any:
+    """What a stand-in lacks, as blocks and the list of loaded LoRAs, its transformer has."""
+    try:
+        return nn.Module.__getattr__(self, name)
+    except AttributeError:
+        if "denoiser" not in vars(self):  # half made
+            raise
+    return getattr(self.denoiser.engines.transformer, name)
 
 
 def _delegating(name: str) -> Any:

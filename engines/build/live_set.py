@@ -110,9 +110,12 @@ def describe(
         granularity: what kept counts are rounded to, in place of that.
 
     Raises:
-        UsageError: K, L or the granularity do not fit.
+        UsageError: K, L or the granularity do not fit, or the transformer is no editor's.
     """
     config = {key: value for key, value in dict(transformer.config).items() if key[0] != "_"}
+    reason = ARCHITECTURES[family.architecture].refusal(config)
+    if reason is not None:
+        raise UsageError(f"this transformer cannot run reduced: {reason}")
     precision = precision_of(dtype_of(transformer)).name
     options = BuildOptions(
         model=family.name,

@@ -117,7 +117,7 @@ class EngineCalls:
         device, dtype = self.engines.device, self.engines.dtype
         batch, num_noisy = inputs.noisy_latents.shape[:2]
         num_text = inputs.text_embeds.shape[1]
-        tables = self._rope(inputs)
+        tables = self._tables.get((inputs.rope_key, device), inputs.make_rope)
         text_cos, text_sin = tables.text
         if text_rows is not None:
             text_cos, text_sin = text_cos[text_rows], text_sin[text_rows]
@@ -152,14 +152,16 @@ class EngineCalls:
             front_inputs["guidance"] = ready(inputs.guidance, torch.float32)
         if inputs.pooled_text is not None:
             front_inputs["pooled_text"] = ready(inputs.pooled_text)
+        # Of an input: engines that look at a transformer's modules for their device take a while.
+        empty = front_inputs["noisy_latents"].new_empty
         hidden = {
-            "noisy": self._empty(batch, num_noisy, self._width),
-            "reference": self._empty(batch, num_reference, self._width),
-            "text": self._empty(batch, num_text, self._width),
-            "temb": self._empty(batch, self._width),
+            "noisy": empty(batch, num_noisy, self._width),
+            "reference": empty(batch, num_reference, self._width),
+            "text": empty(batch, num_text, self._width),
+            "temb": empty(batch, self._width),
         }
         if self._has_reference_temb:
-            hidden["reference_temb"] = self._empty(batch, self._width)
+            hidden["reference_temb"] = empty(batch, self._width)
         clock.lap("other")
         self.engines.run("front", front_inputs, hidden)
         clock.lap("front")
@@ -239,15 +241,14 @@ class EngineCalls:
     ) -> BackResult:
         batch, num_noisy = hidden["noisy"].shape[:2]
         num_kept = hidden["reference"].shape[1]
+        empty = hidden["noisy"].new_empty
         outputs = {
-            "velocity": self._empty(batch, num_noisy, self._out_channels),
-            "influence": self._empty(batch, num_kept, as_type=torch.float32),
+            "velocity": empty(batch, num_noisy, self._out_channels),
+            "influence": empty(batch, num_kept, dtype=torch.float32),
         }
         if self.has_scores:
             num_layers = len(self.engines.engine_set.manifest.detailed_layers)
-            outputs["layer_scores"] = self._empty(
-                batch, num_layers, 3, num_kept, as_type=torch.float32
-            )
+            outputs["layer_scores"] = empty(batch, num_layers, 3, num_kept, dtype=torch.float32)
         clock.lap("other")
         self.engines.run(graph, {**hidden, **rope, "score_rows": score_rows}, outputs)
         clock.lap("back")
@@ -258,9 +259,6 @@ class EngineCalls:
             (num_noisy, num_kept),
         )
 
-    def _empty(self, *shape: int, as_type: torch.dtype | None = None) -> Tensor:
-        return torch.empty(shape, dtype=as_type or self.engines.dtype, device=self.engines.device)
-
     def rope_rows(self, tables: RopeTables, kept: Tensor) -> RopeRows:
         """Reference tables at (B, K') tokens, (B, K', D/2) each."""
         cosines, sines = tables.reference
@@ -270,9 +268,6 @@ class EngineCalls:
             cosines.index_select(0, flat).unflatten(0, kept.shape),
             sines.index_select(0, flat).unflatten(0, kept.shape),
         )
-
-    def _rope(self, inputs: ModelInputs) -> RopeTables:
-        return self._tables.get((inputs.rope_key, self.engines.device), inputs.make_rope)
 
     def _expanded_rope(self, key: tuple[object, ...], tables: RopeTables, batch: int) -> RopeRows:
         """Reference tables repeated for a batch, (B, C, D/2) each."""

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import ditrim
 from ditrim.engines.backends.torch.cuda_graphs import CudaGraphs
 from ditrim.engines.backends.torch.scoring import can_use_kernel, score_with_kernel
+from ditrim.plugins.errors import UsageError
 from ditrim.plugins.reference import influence_reference
 
 SPLIT: dict[str, Any] = {"front_depth": 1, "layers": (2, 3)}
@@ -125,6 +126,32 @@ def test_graphs_are_captured_anew_when_a_lora_or_the_place_of_weights_changes() 
     pipe.transformer.disable_adapters()
     run_step(engines, "back", 8)
     assert recorder.captures == 10
+
+
+def test_graphs_of_a_caller_in_inference_mode_serve_others() -> None:
+    engines = ditrim.torch_engines(tiny_pipeline("qwen-edit"), **SPLIT)
+    recorder = Recorder()
+    engines._graphs = CudaGraphs(4, recorder)
+    with torch.inference_mode():
+        expected = run_step(engines, "back", 8)
+    found = run_step(engines, "back", 8)
+    assert torch.equal(found["velocity"], expected["velocity"])
+    assert recorder.captures == 2
+
+
+def test_graphs_are_refused_where_hooks_exchange_weights_within_a_call() -> None:
+    cpu = torch.device("cpu")
+    kinds: list[Callable[[Any], None]] = [
+        lambda own: own.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32),
+        lambda own: own.enable_group_offload(cpu, offload_type="leaf_level"),
+    ]
+    for change in kinds:
+        pipe = tiny_pipeline("qwen-edit")
+        change(pipe.transformer)
+        engines = ditrim.torch_engines(pipe, **SPLIT)
+        engines._graphs = CudaGraphs(4, Recorder())
+        with pytest.raises(UsageError, match="leave cuda_graphs out"):
+            run_step(engines, "back", 8)
 
 
 # --- scoring --------------------------------------------------------------------------------------

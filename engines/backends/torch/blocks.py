@@ -194,6 +194,7 @@ def _is_bare(block: nn.Module) -> bool:
         and not hasattr(block, "_diffusers_hook")
         and block._compiled_call_impl is None
         and "forward" not in vars(block)
+        and type(block).forward.__module__.startswith("diffusers.")
         and not block._forward_hooks
         and not block._forward_pre_hooks
     )

@@ -16,6 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ditrim.plugins.errors import UsageError
+
+# Hooks of diffusers on parts of a transformer that exchange weights within a call.
+_EXCHANGING = {"group_offloading", "layerwise_casting"}
 Graph = Callable[[str, Mapping[str, Tensor], Mapping[str, Tensor]], None]
 
 
@@ -42,10 +46,19 @@ def capture(run: Callable[[], None]) -> Callable[[], None]:
 
 
 def state_of(transformer: nn.Module) -> object:
-    """Return what invalidates a captured graph: addresses of weights, LoRAs and their scales."""
+    """Return what invalidates a captured graph: addresses of weights, LoRAs and their scales.
+
+    Raises:
+        UsageError: weights are exchanged within a call.
+    """
     facts: list[object] = []
     module: Any
     for module in transformer.modules():
+        if module is not transformer and _exchanges_weights(module):
+            raise UsageError(
+                "CUDA graphs read weights where they lie, and offloading by blocks or leaves and "
+                "layerwise casting exchange them within a call: leave cuda_graphs out, or the other"
+            )
         facts.append(id(module))
         facts += [_place(tensor) for tensor in module._parameters.values() if tensor is not None]
         own, kind = vars(module), type(module)  # asking a module for what it lacks is slow
@@ -60,6 +73,13 @@ def state_of(transformer: nn.Module) -> object:
         if processor is not None:
             facts.append(str(getattr(processor, "_attention_backend", None)))
     return tuple(facts)
+
+
+def _exchanges_weights(module: Any) -> bool:
+    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+    return bool(getattr(getattr(module, "_hf_hook", None), "offload", False)) or any(
+        name in _EXCHANGING for name in hooks
+    )
 
 
 def _place(tensor: Tensor) -> int:
@@ -122,7 +142,8 @@ class CudaGraphs:
         inputs: Mapping[str, Tensor],
         outputs: Mapping[str, Tensor],
     ) -> _Captured:
-        own_inputs = {name: tensor.clone() for name, tensor in inputs.items()}
-        own_outputs = {name: torch.zeros_like(tensor) for name, tensor in outputs.items()}
+        with torch.inference_mode(False):  # they are written in later calls, of any mode
+            own_inputs = {name: tensor.clone() for name, tensor in inputs.items()}
+            own_outputs = {name: torch.zeros_like(tensor) for name, tensor in outputs.items()}
         replay = self._capture(lambda: graph(role, own_inputs, own_outputs))
         return _Captured(replay, own_inputs, own_outputs)

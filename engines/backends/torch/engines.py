@@ -10,6 +10,7 @@ parallelism) would have no effect and is refused.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -159,14 +160,9 @@ def dtype_of(transformer: Any) -> torch.dtype:
 
 
 def execution_device(transformer: Any) -> torch.device:
-    """Where a transformer computes; offload hooks bring the weights there.
-
-    It is asked many times a step, and a deep transformer has thousands of modules: where its first
-    weight is on a GPU, or its first hook tells, the others are not looked at.
-    """
-    first = next(transformer.parameters(), None)
-    is_near = first is not None and first.device.type not in ("cpu", "meta")
-    for module in (transformer,) if is_near else transformer.modules():
+    """Where a transformer computes; offload hooks bring the weights there."""
+    # Hooks are on the whole, or on every block or leaf alike: one block of many tells.
+    for module in itertools.chain([transformer], blocks_of(transformer)[0].modules()):
         own = vars(module)  # asking a module for what it lacks is slow
         device = getattr(own.get("_hf_hook"), "execution_device", None)
         if device is not None:
@@ -175,7 +171,8 @@ def execution_device(transformer: Any) -> torch.device:
             device = getattr(getattr(hook, "group", None), "onload_device", None)
             if device is not None:
                 return torch.device(device)
-    return torch.device(transformer.device) if first is None else first.device
+    first: torch.device = next(transformer.parameters()).device
+    return first
 
 
 @contextlib.contextmanager

@@ -46,10 +46,11 @@ def held_processors(transformer: nn.Module) -> Iterator[None]:
 def hold_processors(transformer: nn.Module) -> None:
     """Begin what `held_processors` does; processors that were exchanged since are served again."""
     with _LOCK:
-        for layer, block in enumerate(blocks_of(transformer)):
-            attn: Any = block.attn
+        attentions: list[Any] = [block.attn for block in blocks_of(transformer)]
+        for layer, attn in enumerate(attentions):  # all of them, before one is exchanged
+            _check(attn.processor, layer)
+        for attn in attentions:
             if not isinstance(attn.processor, _Live):
-                _check(attn.processor, layer)
                 attn.processor = _live(attn.processor)
         _HOLDERS[transformer] = _HOLDERS.get(transformer, 0) + 1
 
@@ -69,12 +70,18 @@ def release_processors(transformer: nn.Module) -> None:
 
 def _check(processor: Any, layer: int) -> None:
     kind = type(processor)
-    if not kind.__module__.startswith("diffusers.") or "IPAdapter" in kind.__name__:
+    if not _is_served(kind):
         raise UsageError(
             f"block {layer} has the attention processor {kind.__name__}, which cannot score or run "
             "reduced: put the default ones back (pipe.transformer.set_attn_processor(...)), or "
             "detach"
         )
+
+
+@functools.cache
+def _is_served(kind: Any) -> bool:
+    is_default = kind.__module__.startswith("diffusers.") and "IPAdapter" not in kind.__name__
+    return is_default and "image_rotary_emb" in inspect.signature(kind.__call__).parameters
 
 
 def _live(processor: Any) -> Any:
