@@ -69,7 +69,7 @@ def release_processors(transformer: nn.Module) -> None:
 
 
 def _check(processor: Any, layer: int) -> None:
-    kind = type(processor)
+    kind: Any = type(processor)
     if not _is_served(kind):
         raise UsageError(
             f"block {layer} has the attention processor {kind.__name__}, which cannot score or run "
