@@ -31,7 +31,7 @@ _ONNXRUNTIME_STANDARD = (15.5, 15.5)
 _SCORING_CODE, _BLOCK_CODE = 600_000, 680_000
 _PLUGIN_CODE = 1_200_000  # assumed
 # Of a channel of a scored row: its query in float32, and what its parts take besides.
-_QUERY_BYTES = 5
+_QUERY_BYTES = 6
 # TensorRT-RTX states so much more for narrow models; in wide ones the rest hides it.
 _LIBRARY_BYTES = 16 << 20
 
