@@ -236,7 +236,10 @@ def test_bench_compares_ways_that_agree_and_judges_what_it_measured(tmp_path: Pa
         "ONNX Runtime, one graph",
         "ditrim, full context",
         "ditrim, anchor",
+        "ditrim on torch, full context",
     }
+    assert case["torch_backend"]["kept"] == 32
+    assert case["torch_backend"]["predicted"] > 1
     edits = {row["way"]: row for row in case["edits"]["ways"]}
     # Float32's rounding for those that compute all, more for those that prune or reuse.
     for way in ("ONNX Runtime, one graph", "ditrim, full context"):
