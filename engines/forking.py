@@ -1,5 +1,7 @@
 """Engines and `fork`: their threads and their device stay with the process that loaded them.
 
+The same holds for torch's threads, which the torch backend and every build use.
+
 A child that was forked has the memory of both and none of their threads, so it would wait for ever
 for the first one that it needs.
 """
@@ -10,12 +12,12 @@ import os
 
 from ditrim.plugins.errors import BackendError
 
-# Processes that loaded engines: this one, or those that it was forked from.
+# Processes that loaded or built engines: this one, or those that it was forked from.
 _LOADED_IN: set[int] = set()
 
 
 def note_loaded() -> None:
-    """Remember that this process loads engines."""
+    """Remember that this process loads or builds engines."""
     _LOADED_IN.add(os.getpid())
 
 
@@ -28,7 +30,7 @@ def check_not_forked() -> None:
     parents = _LOADED_IN - {os.getpid()}
     if parents:
         raise BackendError(
-            f"this process was forked from process {max(parents)}, which had loaded engines, whose "
-            "threads are not in it: start processes with "
-            'multiprocessing.get_context("spawn"), or load engines only after the fork'
+            f"this process was forked from process {max(parents)}, which had loaded or built "
+            "engines, whose threads are not in it: start processes with "
+            'multiprocessing.get_context("spawn"), or load and build engines only after the fork'
         )

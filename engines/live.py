@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from ditrim.engines.forking import check_not_forked
 from ditrim.plugins.architectures.transformers import unwrapped
 from ditrim.plugins.errors import UsageError
 
@@ -43,6 +44,7 @@ def torch_engines(
     from ditrim.engines.backends.torch.engines import TorchEngines
     from ditrim.engines.build.live_set import describe, family_of
 
+    check_not_forked()
     if compile not in (None, "blocks"):
         raise UsageError(f"compile={compile!r}; give 'blocks', or leave it out")
     if cuda_graphs < 0:

@@ -16,6 +16,9 @@ from ditrim.plugins.errors import CheckpointError
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Ways of peft to begin a LoRA that change the base weights too: without the changed ones, the
+# LoRA's own change is measured from weights that nobody has.
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
 _METADATA = "lora_adapter_metadata"
 
 
@@ -26,6 +29,8 @@ class LoraSettings(BaseModel):
     alpha_pattern: dict[str, float] | None = None
     use_rslora: bool | None = None
     use_dora: bool | None = None
+    peft_type: str | None = None
+    init_lora_weights: bool | str | None = None
 
     def factor(self, module: str, rank: int, alpha: Tensor | None, where: str) -> float:
         """alpha / rank of a layer; alpha defaults to the rank."""
@@ -55,7 +60,7 @@ def read_settings(path: Path, metadata: Mapping[str, str], beside: Path | None) 
         beside: peft's adapter_config.json, if there is one.
 
     Raises:
-        CheckpointError: they are damaged, or those of DoRA.
+        CheckpointError: they are damaged, or of what is no plain LoRA.
     """
     try:
         if _METADATA in metadata:
@@ -73,4 +78,15 @@ def read_settings(path: Path, metadata: Mapping[str, str], beside: Path | None) 
         raise CheckpointError(f"--lora {path}: its settings are damaged ({first})") from error
     if settings.use_dora:
         raise CheckpointError(f"--lora {path} is DoRA by its settings, which cannot be merged here")
+    if settings.peft_type not in (None, "LORA"):
+        raise CheckpointError(
+            f"--lora {path} is {settings.peft_type} by its settings; only plain LoRAs can be merged"
+        )
+    begun = str(settings.init_lora_weights).lower()
+    if begun.startswith(_CHANGES_BASE):
+        raise CheckpointError(
+            f"--lora {path} was begun with {begun!r}, which changed the base weights too: convert "
+            "it with peft (save_pretrained(path_initial_model_for_weight_conversion=...)), which "
+            "makes a plain LoRA of it"
+        )
     return settings

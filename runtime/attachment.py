@@ -9,13 +9,16 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from ditrim.engines.forking import check_not_forked
 from ditrim.engines.load import load_engines
+from ditrim.plugins.architectures.transformers import unwrapped
 from ditrim.plugins.errors import UsageError
 from ditrim.runtime.caches.step_cache import Cache
 from ditrim.runtime.denoising.denoiser import Denoiser
 from ditrim.runtime.fit import check_live, check_pipeline, check_transformer, dtype_of
 from ditrim.runtime.policies.topi import ToPi
 from ditrim.runtime.policy import Policy
+from ditrim.runtime.refusals import refuse_method
 from ditrim.runtime.report import RunReport
 from ditrim.runtime.transformer import EngineTransformer, OpenRequest, engine_transformer
 from ditrim.runtime.watched_scheduler import check_scheduler, watch_scheduler
@@ -75,8 +78,8 @@ class Attachment:
                 "this thread is inside a request of this attachment already: end it first, or run "
                 "each in a thread of its own"
             )
-        if self._is_attached and self._held is not None:
-            check_live(vars(self.pipe)["transformer"], self._held.transformer)
+        if self._is_attached:
+            _check_stand_in(self.pipe, self.transformer)
         return self.transformer.open_request()
 
     def detach(self) -> None:
@@ -200,6 +203,39 @@ def _saving(plain: Any) -> Any:
     return save
 
 
+# Methods of a pipeline that say nothing to a transformer without adapters of its own, as an engine
+# set's is, and would return as if they had worked.
+_OF_ADAPTERS = ("set_adapters", "unfuse_lora", "set_lora_device")
+_OF_IP_ADAPTERS = ("load_ip_adapter", "set_ip_adapter_scale", "unload_ip_adapter")
+
+
+def _adapting(plain: Any, name: str) -> Any:
+    """A method about adapters, which an engine set has none of; a text encoder may have some."""
+
+    @functools.wraps(plain)
+    def adapt(self: Any, *args: Any, **kwargs: Any) -> Any:
+        stand_in = _stand_in(self)
+        is_set = stand_in is not None and not stand_in.is_live
+        if is_set and (name in _OF_IP_ADAPTERS or not self.get_list_adapters()):
+            refuse_method("pipe", name)
+        return plain(self, *args, **kwargs)
+
+    return adapt
+
+
+def _check_stand_in(pipe: Any, stand_in: EngineTransformer) -> None:
+    """Check that what stands in for a pipeline's transformer still does."""
+    present = vars(pipe)["transformer"]
+    if stand_in.is_live:
+        live: Any = stand_in.denoiser.engines
+        check_live(present, live.transformer)
+    elif present is None or unwrapped(present) is not stand_in:
+        raise UsageError(
+            "the pipeline's transformer was exchanged while an engine set is attached, and would "
+            "run in its place: detach first, and attach again"
+        )
+
+
 @functools.cache
 def _attached_class(base: Any) -> type[Any]:
     """A pipeline's class whose calls are requests of the engine set that is attached."""
@@ -209,9 +245,7 @@ def _attached_class(base: Any) -> type[Any]:
         transformer = _stand_in(self)
         if transformer is None:
             return base.__call__(self, *args, **kwargs)
-        if transformer.is_live:
-            live: Any = transformer.denoiser.engines
-            check_live(vars(self)["transformer"], live.transformer)
+        _check_stand_in(self, transformer)
         if transformer.acts_on_steps:
             check_scheduler(vars(self)["scheduler"], transformer.denoiser.policy)
         with transformer.open_request():
@@ -227,6 +261,11 @@ def _attached_class(base: Any) -> type[Any]:
     members |= {
         name: _saving(getattr(base, name))
         for name in ("save_pretrained", "push_to_hub")
+        if hasattr(base, name)
+    }
+    members |= {
+        name: _adapting(getattr(base, name), name)
+        for name in (*_OF_ADAPTERS, *_OF_IP_ADAPTERS)
         if hasattr(base, name)
     }
     return type(base.__name__, (_Attached, base), members)
@@ -298,7 +337,9 @@ def open_engines(pipe: Any, engines: Any, *, device: str = "auto", threads: int 
 
     Raises:
         UsageError: a policy stands where engines do.
+        BackendError: this process was forked from one that had run engines.
     """
+    check_not_forked()
     if hasattr(engines, "begin"):
         raise UsageError(
             f"the second argument of attach is {type(engines).__name__}, a policy: name it, as "

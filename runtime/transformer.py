@@ -14,6 +14,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
+from ditrim.engines.forking import check_not_forked
 from ditrim.plugins.architectures import ARCHITECTURES
 from ditrim.plugins.errors import UsageError
 from ditrim.runtime.denoising.denoiser import Denoiser
@@ -22,6 +23,7 @@ from ditrim.runtime.denoising.request import Request
 from ditrim.runtime.denoising.rope import RopeTables, rope_at
 from ditrim.runtime.denoising.unchanged import Unchanged
 from ditrim.runtime.policy import FullContext
+from ditrim.runtime.refusals import refuse_method
 from ditrim.runtime.report import RunReport
 
 # What an `EngineTransformer` has in common with diffusers' own transformers. Every other public
@@ -53,37 +55,8 @@ _OF_WEIGHTS = (
     *("modules", "named_modules", "parameters", "named_parameters", "buffers", "named_buffers"),
     *("children", "named_children", "to", "half", "float", "bfloat16", "cpu", "cuda"),
 )
-# The first of these words in a method's name decides the reason and the remedy.
-_REMEDIES = (
-    (
-        ("lora", "adapter"),
-        "its weights were merged when the set was built: detach, and build a set with "
-        "build-engine --lora FILE[:SCALE]",
-    ),
-    (
-        ("cache",),
-        "diffusers' caches look at blocks that an engine does not show: give attach a cache of "
-        "ditrim's (cache=ditrim.StepCache(...))",
-    ),
-    (
-        ("attention", "attn", "qkv", "xformers"),
-        "the engine's attention was chosen when it was built: leave the call out",
-    ),
-    (
-        ("offload", "parallelism"),
-        "an engine places its own weights: leave the call out, or make it before attach",
-    ),
-    (("compile",), "an engine is compiled already: leave the call out"),
-    (("quant", "casting", "layerwise"), "an engine has the precision that it was built with"),
-    (
-        ("save", "push", "state_dict"),
-        "an engine's weights are not in the pipeline: detach first (leave the `with` block, or "
-        "call detach())",
-    ),
-)
 # Arguments that hold arguments of blocks.
 _INNER = ("attention_kwargs", "joint_attention_kwargs")
-_OTHERWISE = "detach first (leave the `with` block, or call detach())"
 
 
 class OpenRequest:
@@ -244,7 +217,12 @@ class EngineTransformer(nn.Module):
 
     @contextmanager
     def open_request(self) -> Iterator[OpenRequest]:
-        """Keep what runs inside apart from every other request; its steps are reported."""
+        """Keep what runs inside apart from every other request; its steps are reported.
+
+        Raises:
+            BackendError: this process was forked from one whose engines these are.
+        """
+        check_not_forked()  # before the pipeline's other parts wait for threads that are not there
         opened = OpenRequest(self)
         _OPEN.set((*_OPEN.get(), opened))
         try:
@@ -462,15 +440,9 @@ def _class_for(name: str) -> type[EngineTransformer]:
 
 def _refusing(name: str) -> Any:
     """A method that says why it cannot work."""
-    remedy = next(
-        (text for words, text in _REMEDIES if any(word in name for word in words)), _OTHERWISE
-    )
 
     def refuse(*_: object, **__: object) -> NoReturn:
-        raise UsageError(
-            f"transformer.{name}() cannot work while an engine set stands in for the pipeline's "
-            f"transformer; {remedy}"
-        )
+        refuse_method("transformer", name)
 
     refuse.__name__ = name
     return refuse

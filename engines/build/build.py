@@ -38,6 +38,7 @@ from ditrim.engines.build.source import (
     weights_identity,
 )
 from ditrim.engines.build.task import BuildTask
+from ditrim.engines.forking import check_not_forked, note_loaded
 from ditrim.engines.sets.engine_set import (
     EngineSet,
     check_files,
@@ -92,12 +93,14 @@ def build_engine_set(options: BuildOptions, *, progress: Progress | None = None)
 
     Raises:
         UsageError: the options, the weights or the target cannot be accepted.
-        DitrimError: the build failed; what was at the target is still there.
+        DitrimError: the build failed; what was at the target is still there; or this process was
+            forked from one that had built or loaded engines.
     """
     return run_build(options, progress=progress).engine_set
 
 
 def run_build(options: BuildOptions, *, progress: Progress | None = None) -> BuildResult:
+    check_not_forked()
     progress = progress or LoggedProgress()
     start = time.monotonic()
     target = Path(os.path.realpath(options.target))
@@ -229,6 +232,7 @@ def _build(task: BuildTask, progress: Progress) -> None:
         if task.built_for is not None:
             progress.stage("Check the builder")
             facts = ask_library(task.built_for)
+        note_loaded()  # tracing starts torch's threads
         written = write_graphs(task, folder, progress)
         graphs = written.graphs
         plans: dict[str, PlanSpec] = {}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ditrim.engines.backend import Engines
+from ditrim.engines.forking import check_not_forked
 from ditrim.plugins.errors import UsageError
 from ditrim.runtime.caches.step_cache import Cache
 from ditrim.runtime.denoising.calls import EngineCalls
@@ -58,5 +59,9 @@ class Denoiser:
 
         Args:
             times: the timestep of each step, in [0, 1]; none where they are not known beforehand.
+
+        Raises:
+            BackendError: this process was forked from one that had run engines.
         """
+        check_not_forked()
         return Request(self, times)

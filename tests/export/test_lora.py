@@ -271,6 +271,26 @@ def test_damaged_settings_are_named(text: str, tmp_path: Path) -> None:
         merged(transformer, [(path, 1.0)])
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"peft_type": "LOHA"}', "is LOHA by its settings"),
+        ('{"peft_type": "LORA", "init_lora_weights": "pissa_niter_4"}', "changed the base weights"),
+        ('{"peft_type": "LORA", "init_lora_weights": "olora"}', "changed the base weights"),
+        ('{"use_dora": true}', "is DoRA by its settings"),
+    ],
+)
+def test_settings_of_what_is_no_plain_lora_are_refused(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    transformer = tiny_transformer("qwen-edit", num_layers=1)
+    lora = random_lora(layers_of(transformer))
+    path = write_lora(tmp_path / "adapter_model.safetensors", lora, "diffusers")
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=message):
+        merged(transformer, [(path, 1.0)])
+
+
 def test_a_scale_is_told_from_a_file_with_a_colon(tmp_path: Path) -> None:
     named = tmp_path / "a:0.5"
     named.write_bytes(b"")

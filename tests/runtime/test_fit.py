@@ -349,6 +349,38 @@ def test_what_cannot_work_while_attached_says_why_and_what_works_works(
         assert isinstance(pipe.components["transformer"], type(transformer))
 
 
+def test_methods_about_adapters_that_reach_no_transformer_are_refused_too(loaded: Any) -> None:
+    pipe = tiny_pipeline("flux-kontext")
+    with ditrim.attach(pipe, loaded("flux-kontext")):
+        for act, remedy in (
+            (lambda: pipe.set_adapters("style"), r"pipe\.set_adapters\(\).*--lora"),
+            (lambda: pipe.unfuse_lora(), "--lora"),
+            (lambda: pipe.set_lora_device(["style"], "cpu"), "--lora"),
+            (lambda: pipe.load_ip_adapter("any"), "without an engine set"),
+            (lambda: pipe.set_ip_adapter_scale(0.5), "without an engine set"),
+        ):
+            with pytest.raises(UsageError, match=remedy):
+                act()
+        assert pipe.get_list_adapters() == {}
+    assert pipe.get_active_adapters() == []
+    pipe.unfuse_lora()
+
+
+def test_a_transformer_put_in_while_a_set_is_attached_is_refused(loaded: Any) -> None:
+    pipe = tiny_pipeline("qwen-edit")
+    with ditrim.attach(pipe, loaded("qwen-edit")) as attachment:
+        own = pipe.transformer
+        for other in (tiny_transformer("qwen-edit", seed=3), None):
+            pipe.transformer = other
+            with pytest.raises(UsageError, match=r"exchanged while an engine set is attached"):
+                run(pipe, request("qwen-edit"))
+            with pytest.raises(UsageError, match=r"exchanged while an engine set is attached"):
+                attachment.request()
+        pipe.transformer = own
+        run(pipe, request("qwen-edit"))
+        assert len(attachment.report.steps) == 4
+
+
 # --- schedulers -----------------------------------------------------------------------------------
 
 

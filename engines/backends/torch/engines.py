@@ -24,7 +24,7 @@ from ditrim.engines.backends.torch.processors import (
     hold_processors,
     release_processors,
 )
-from ditrim.engines.forking import check_not_forked
+from ditrim.engines.forking import check_not_forked, note_loaded
 from ditrim.engines.sets.engine_set import EngineSet
 from ditrim.plugins.architectures.transformers import blocks_of, listed_blocks
 from ditrim.plugins.precision import PRECISIONS
@@ -91,6 +91,7 @@ class TorchEngines:
     def run(self, role: str, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         """Run a graph of the transformer's own modules."""
         check_not_forked()
+        note_loaded()  # torch's own threads
         graph = self._front if role == "front" else self._back
         with held_processors(self.transformer), _around_forward(self.transformer):
             if self._graphs is None:
