@@ -16,6 +16,7 @@ from ditrim.plugins.errors import UsageError
 from ditrim.runtime.caches.step_cache import Cache
 from ditrim.runtime.denoising.denoiser import Denoiser
 from ditrim.runtime.fit import check_live, check_pipeline, check_transformer, dtype_of
+from ditrim.runtime.guidance_split import GuidanceSplit
 from ditrim.runtime.policies.topi import ToPi
 from ditrim.runtime.policy import Policy
 from ditrim.runtime.refusals import refuse_method
@@ -282,6 +283,7 @@ def attach(
     threads: int = 0,
     timing: bool = False,
     check_weights: bool = True,
+    guidance_group: Any = None,
 ) -> Attachment:
     """Let a pipeline's calls run reduced, on its own transformer or on an engine set.
 
@@ -296,6 +298,8 @@ def attach(
         cache, region, timing: see `Denoiser`.
         check_weights: compare samples of every weight of the pipeline's transformer with those that
             the engine set was built from; false attaches whatever they are.
+        guidance_group: a process group of two processes that make the same calls: rank 0 runs true
+            guidance's "cond" branch, rank 1 "uncond" (see `GuidanceSplit`).
 
     Returns:
         an `Attachment`, also a context manager.
@@ -329,7 +333,10 @@ def attach(
     )
     if denoiser.acts_on_steps:
         check_scheduler(pipe.scheduler, denoiser.policy)
-    return Attachment(pipe, engine_transformer(denoiser, dtype))
+    transformer = engine_transformer(denoiser, dtype)
+    if guidance_group is not None:
+        transformer.split = GuidanceSplit(guidance_group, denoiser)
+    return Attachment(pipe, transformer)
 
 
 def open_engines(pipe: Any, engines: Any, *, device: str = "auto", threads: int = 0) -> Any:

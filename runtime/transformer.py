@@ -22,6 +22,7 @@ from ditrim.runtime.denoising.inputs import ModelInputs
 from ditrim.runtime.denoising.request import Request
 from ditrim.runtime.denoising.rope import RopeTables, rope_at
 from ditrim.runtime.denoising.unchanged import Unchanged
+from ditrim.runtime.guidance_split import GuidanceSplit
 from ditrim.runtime.policy import FullContext
 from ditrim.runtime.refusals import refuse_method
 from ditrim.runtime.report import RunReport
@@ -71,6 +72,7 @@ class OpenRequest:
         self.transformer = transformer
         self.branch: str | None = None
         self.places = Unchanged(transformer.architecture.place)
+        self.given: dict[str, Tensor] = {}  # of this step, where guidance is split
         self._request: Request | None = None
 
     def begin(self, times: Sequence[float] | None = None) -> Request:
@@ -151,6 +153,7 @@ class EngineTransformer(nn.Module):
         self._internal_dict = FrozenDict(manifest.transformer_config)
         self._gradient_checkpointing_func = None
         # Libraries ask a module's first parameter where it is and of what dtype.
+        self.split: GuidanceSplit | None = None
         self.placeholder = nn.Parameter(
             torch.empty(0, dtype=dtype or engines.dtype), requires_grad=False
         )
@@ -158,7 +161,9 @@ class EngineTransformer(nn.Module):
         self._last_report = RunReport()
 
     def __copy__(self) -> EngineTransformer:
-        return engine_transformer(self.denoiser, self.dtype)
+        made = engine_transformer(self.denoiser, self.dtype)
+        made.split = self.split
+        return made
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EngineTransformer:
         return self.__copy__()  # engines are shared, never copied
@@ -336,9 +341,14 @@ class EngineTransformer(nn.Module):
             rope_key=places.key,
             make_rope=make_rope,
         )
-        with self._lora_scaled(lora_scale):
-            velocity = request.predict(branch, inputs)
+        if self.split is not None and not self.split.runs(branch):
+            velocity = request.skip(branch, inputs)
+        else:
+            with self._lora_scaled(lora_scale):
+                velocity = request.predict(branch, inputs)
         velocity = velocity.to(hidden_states.device, hidden_states.dtype)
+        if self.split is not None:
+            self.split.give(branch, velocity, current.given)
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
     @contextmanager

@@ -13,6 +13,7 @@ import inspect
 from typing import TYPE_CHECKING, Any
 
 from ditrim.plugins.errors import UsageError
+from ditrim.runtime.guidance_split import check_exchanged
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +46,7 @@ def _watched_class(base: Any) -> Any:
         return result
 
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        check_exchanged(self._opened.given)
         result = base.step(self, *args, **kwargs)
         opened = self._opened
         if not opened.is_in_step:

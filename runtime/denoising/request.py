@@ -189,6 +189,13 @@ class Request:
         self._record(call)
         return velocity
 
+    def skip(self, branch: str, inputs: ModelInputs) -> Tensor:
+        """Note that another process runs a branch of this step; (B, G, c_out) NaN to be filled."""
+        latents = inputs.noisy_latents
+        velocity = torch.full(latents.shape, torch.nan, dtype=latents.dtype, device=latents.device)
+        self._velocities[branch] = velocity
+        return velocity
+
     @torch.no_grad()
     def end_step(
         self,
