@@ -51,7 +51,7 @@ child("build", lambda: build_engine_set(BuildOptions(model="flux-kontext", weigh
 """
 
 
-@pytest.mark.parametrize("kind", ["set", "torch"])
+@pytest.mark.parametrize("kind", [pytest.param("set", marks=pytest.mark.slow), "torch"])
 def test_what_a_forked_child_cannot_do_says_so_and_never_hangs(
     kind: str, tiny_engine_sets: Any
 ) -> None:
