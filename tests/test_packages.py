@@ -40,7 +40,7 @@ FLOORS = {
         ("denoising",),
         ("fit", "guidance_split", "transformer", "watched_scheduler"),
         ("attachment", "session"),
-        ("small_editor",),
+        ("small_editor", "photo_editor"),
         ("editing",),
         ("evaluation", "profiling"),
     ),
