@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from ditrim.runtime.editing.pipelines import EditRequest
     from ditrim.runtime.report import RunReport
 
-MAX_PARTIAL_PICTURES = 3
-Phase = Literal["started", "step", "partial"]
+Phase = Literal["started", "step"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +33,6 @@ class EditJob:
         mask: white where the first picture may change; L or RGB, of that picture's size.
         keep_region: of the first picture: reference tokens under its light parts are always kept.
         deadline_s: seconds from submission after which the edit ends; none is the service's.
-        num_partial: unfinished pictures that progress brings, 0 to 3.
     """
 
     edit: EditRequest
@@ -45,15 +43,10 @@ class EditJob:
     mask: Image.Image | None = None
     keep_region: Image.Image | None = None
     deadline_s: float | None = None
-    num_partial: int = 0
 
     def __post_init__(self) -> None:
         if self.deadline_s is not None and not self.deadline_s > 0:
             raise UsageError(f"a deadline of {self.deadline_s:g} s has passed already; give more")
-        if not 0 <= self.num_partial <= MAX_PARTIAL_PICTURES:
-            raise UsageError(
-                f"{self.num_partial} partial pictures; allowed are 0 to {MAX_PARTIAL_PICTURES}"
-            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,12 +54,10 @@ class Progress:
     """What happened to an edit that runs.
 
     Attributes:
-        phase: "started" when it left the queue, "step" after a step, "partial" with a picture.
+        phase: "started" when it left the queue, "step" after a step.
         done, total: steps.
         role: of the last model call, see `StepRecord`; empty before the first.
         kept: share of the reference tokens that it ran on.
-        picture: with "partial", what the pictures of this step would become.
-        number: of the partial picture, from 0.
     """
 
     phase: Phase
@@ -74,8 +65,6 @@ class Progress:
     total: int = 0
     role: str = ""
     kept: float = 1.0
-    picture: Image.Image | None = None
-    number: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

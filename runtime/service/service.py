@@ -138,6 +138,14 @@ class EditService:
         if wait:
             self.wait_ready()
 
+    def start_once(self) -> bool:
+        """Start without waiting, unless somebody did; whether this call started it."""
+        with self._changed:
+            if self._threads:
+                return False
+        self.start(wait=False)
+        return True
+
     def wait_ready(self, timeout: float | None = None) -> bool:
         """Wait until models are loaded and warmed up; false where `timeout` seconds passed.
 
