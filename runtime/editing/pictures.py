@@ -81,7 +81,7 @@ def _alpha(name: Any, image: Image.Image) -> Image.Image:
 
 
 # Formats that are taken from a stranger; others call further programs or parsers.
-_SENT = ("PNG", "JPEG", "MPO", "WEBP", "TIFF", "BMP", "GIF")
+_SENT = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
 
 
 def _read(

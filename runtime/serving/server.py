@@ -60,7 +60,7 @@ def serve(
             server.should_exit = True
 
     threading.Thread(target=watch, daemon=True).start()
-    with _json_logs():
+    with _json_logs(with_prompts=settings.log_prompts):
         server.run()
     if failures:
         raise failures[0]
@@ -68,11 +68,30 @@ def serve(
         raise DitrimError(f"cannot listen on {host}:{port}; choose another --host or --port")
 
 
+# Loggers whose warnings quote the prompt that they are about.
+_QUOTING = ("ditrim.runtime.small_editor", "diffusers", "transformers")
+
+
 @contextmanager
-def _json_logs() -> Iterator[None]:
+def _json_logs(*, with_prompts: bool) -> Iterator[None]:
     """Write this package's and uvicorn's logs as lines of JSON on stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
+    logs = [] if with_prompts else [logging.getLogger(name) for name in _QUOTING]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
+    try:
+        with _lines_of(handler):
+            yield
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
+
+
+@contextmanager
+def _lines_of(handler: logging.Handler) -> Iterator[None]:
+    """Let one handler write what this package and uvicorn log."""
     logs = [logging.getLogger(name) for name in ("ditrim", "uvicorn")]
     before = [(log.handlers[:], log.level, log.propagate) for log in logs]
     for log in logs:
