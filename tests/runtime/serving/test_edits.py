@@ -178,7 +178,7 @@ def test_wrong_pictures_and_bodies_are_refused(
     for files, expected, word in cases:
         code, message = status(files)
         assert (code, word in message) == (expected, True), (code, message)
-    assert client.post(URL, json={"images": ["data:image/png;base64,AA"]}).status_code == 422
+    assert client.post(URL, json={"images": ["data:image/png;base64,AAAA"]}).status_code == 422
     assert (
         client.post(URL, json={"images": ["https://host/a.png"], "prompt": "a"}).status_code == 400
     )
