@@ -43,6 +43,8 @@ FLOORS = {
         ("small_editor", "photo_editor"),
         ("editing",),
         ("evaluation", "profiling"),
+        ("service",),
+        ("serving",),
     ),
 }
 MODULES = sorted(

@@ -46,11 +46,55 @@ def open_picture(path: str | os.PathLike[str]) -> Image.Image:
     try:
         if path.stat().st_size == 0:
             raise UsageError(f"picture {path} is an empty file")
+        return _read(path, path, MAX_PIXELS, _decoded)
+    except PermissionError as error:
+        raise UsageError(f"picture {path} cannot be read: {error.strerror}") from error
+
+
+def picture_from_bytes(
+    content: bytes, name: str, max_pixels: int = MAX_PIXELS, *, is_mask: bool = False
+) -> Image.Image:
+    """Read a picture that lies in memory as `open_picture` does.
+
+    Args:
+        content: of a file.
+        name: what errors call it.
+        max_pixels: more are refused by the header, before anything is decoded.
+        is_mask: give the alpha channel (L, 0 where transparent) in place of colours.
+
+    Raises:
+        UsageError: see `open_picture`; of a mask also that it has no alpha channel.
+    """
+    if not content:
+        raise UsageError(f"picture {name} is empty")
+    decode = _alpha if is_mask else _decoded
+    return _read(name, io.BytesIO(content), max_pixels, decode, _SENT)
+
+
+def _alpha(name: Any, image: Image.Image) -> Image.Image:
+    if not _is_transparent(image):
+        raise UsageError(
+            f"picture {name} has no alpha channel: a mask is a PNG whose transparent pixels may "
+            "change"
+        )
+    return image.convert("RGBA").getchannel("A")
+
+
+# Formats that are taken from a stranger; others call further programs or parsers.
+_SENT = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
+
+
+def _read(
+    path: Any, file: Any, max_pixels: int, decode: Any, formats: tuple[str, ...] | None = None
+) -> Image.Image:
+    """Check a picture by its header, then decode it."""
+    try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is below
-            with Image.open(path) as image:
-                _check_size(path, *image.size)
-                return _decoded(path, image)
+            with Image.open(file, formats=formats) as image:
+                _check_size(path, *image.size, max_pixels)
+                decoded: Image.Image = decode(path, image)
+                return decoded
     except UsageError:
         raise
     except UnidentifiedImageError as error:
@@ -59,9 +103,7 @@ def open_picture(path: str | os.PathLike[str]) -> Image.Image:
         ) from error
     except Image.DecompressionBombError as error:
         raise UsageError(f"picture {path} is too large: {error}. {_DOWNSCALE}") from error
-    except PermissionError as error:
-        raise UsageError(f"picture {path} cannot be read: {error.strerror}") from error
-    except MemoryError:
+    except (MemoryError, PermissionError):
         raise
     except Exception as error:  # Pillow's decoders raise whatever a damaged file leads them to
         raise UsageError(f"picture {path} is damaged or truncated: {error}") from error
@@ -73,12 +115,13 @@ _DOWNSCALE = (
 )
 
 
-def _check_size(path: Path, width: int, height: int) -> None:
+def _check_size(path: Any, width: int, height: int, max_pixels: int) -> None:
     """Refuse by the header, before anything is decoded."""
-    if width * height > MAX_PIXELS:
+    if width * height > max_pixels:
+        most = f"At most {max_pixels / 1e6:g} megapixels are read; make it smaller first"
         raise UsageError(
             f"picture {path} is {width}x{height}, {width * height / 1e6:.0f} megapixels. "
-            f"{_DOWNSCALE}"
+            f"{_DOWNSCALE if max_pixels == MAX_PIXELS else most}"
         )
     if min(width, height) < MIN_SIDE:
         raise UsageError(
@@ -92,7 +135,7 @@ def _check_size(path: Path, width: int, height: int) -> None:
         )
 
 
-def _decoded(path: Path, image: Image.Image) -> Image.Image:
+def _decoded(path: Any, image: Image.Image) -> Image.Image:
     profile = image.info.get("icc_profile")
     num_frames = getattr(image, "n_frames", 1)
     if num_frames > 1 and image.format != "MPO":  # phones store a second view as MPO
@@ -115,7 +158,7 @@ def _is_transparent(image: Image.Image) -> bool:
     return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
 
 
-def _eight_bits(path: Path, image: Image.Image) -> Image.Image:
+def _eight_bits(path: Any, image: Image.Image) -> Image.Image:
     """Scale 16-bit grey to 8 bits; Pillow alone would clip it at 255."""
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image
@@ -127,7 +170,7 @@ def _eight_bits(path: Path, image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(samples.astype(np.float64) / 257).astype(np.uint8))
 
 
-def _srgb(path: Path, image: Image.Image, profile: bytes | None) -> Image.Image:
+def _srgb(path: Any, image: Image.Image, profile: bytes | None) -> Image.Image:
     """Follow an embedded ICC profile; the picture as it is where there is none."""
     if not profile:
         return image

@@ -332,7 +332,10 @@ def _parameters(pipe: Any) -> dict[str, inspect.Parameter]:
 
 
 def run_edit(
-    pipe: Any, request: EditRequest, on_step: Callable[[int, int], None] | None = None
+    pipe: Any,
+    request: EditRequest,
+    on_step: Callable[[int, int], None] | None = None,
+    on_latents: Callable[[Any, int, torch.Tensor], None] | None = None,
 ) -> Image.Image:
     """Run one edit through a pipeline with an engine set attached.
 
@@ -340,6 +343,8 @@ def run_edit(
         pipe: from `load_pipeline`.
         request: from `prepare_request`.
         on_step: called after each step with the steps done and the steps in all.
+        on_latents: called after each step with the pipeline, the steps done and the packed latents
+            (B, G, c); before `on_step`.
 
     Raises:
         UsageError: what the pipeline says of values that it does not take.
@@ -354,16 +359,36 @@ def run_edit(
                 "written. A lower precision than the model bears is the usual cause: build the "
                 "engine set with a higher --precision"
             )
+        if on_latents is not None:
+            on_latents(pipe, index + 1, tensors["latents"])
         if on_step is not None:
             on_step(index + 1, int(pipe.num_timesteps))
         return {}
+
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        call = _arguments_of(pipe, request)
+        image: Image.Image = pipe(**call, callback_on_step_end=watch).images[0]
+    except DitrimError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{pipeline_name(pipe)}: {error}") from error
+    except torch.OutOfMemoryError as error:
+        raise DitrimError(
+            f"the GPU ran out of memory: {error}. Use a smaller picture or fewer references"
+        ) from error
+    return image
+
+
+def _arguments_of(pipe: Any, request: EditRequest) -> dict[str, Any]:
+    """A request as the arguments of its pipeline's call."""
+    import torch
 
     many = pipeline_name(pipe) in _TAKES_MANY
     call: dict[str, Any] = {
         "image": list(request.images) if many else request.images[0],
         "prompt": request.prompt,
         "generator": torch.Generator("cpu").manual_seed(request.seed),
-        "callback_on_step_end": watch,
     }
     optional = {
         "negative_prompt": request.negative_prompt,
@@ -379,18 +404,7 @@ def run_edit(
     scale = request.true_cfg_scale
     if scale is not None and scale > 1.0 and request.negative_prompt is None:
         call["negative_prompt"] = " "  # as the Qwen-Image-Edit model card does
-    pipe.set_progress_bar_config(disable=True)
-    try:
-        image: Image.Image = pipe(**call).images[0]
-    except DitrimError:
-        raise
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"{pipeline_name(pipe)}: {error}") from error
-    except torch.OutOfMemoryError as error:
-        raise DitrimError(
-            f"the GPU ran out of memory: {error}. Use a smaller picture or fewer references"
-        ) from error
-    return image
+    return call
 
 
 def seen_references(

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from ditrim.commands.console import MAX_STEPS, MAX_THREADS, Terminal, add_number, add_whole
 from ditrim.plugins.errors import UsageError
+from ditrim.runtime.editing.opening import ModelSource, Opened, open_model
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ditrim.engines.backend import Engines
-    from ditrim.engines.sets.engine_set import EngineSet
     from ditrim.runtime.editing.pipelines import EditRequest
 
-# What --engine takes in place of an engine set.
-TORCH = "torch"
-_PACKAGES = {"skimage": "scikit-image"}  # module -> where its name is another
+_PACKAGES = {
+    "skimage": "scikit-image",
+    "prometheus_client": "prometheus-client",
+    "python_multipart": "python-multipart",
+}  # module -> where its name is another
 
 
 def add_step_options(group: Any, least_steps: int = 1) -> None:
@@ -120,33 +118,23 @@ def request_of(
     )
 
 
-@dataclass(slots=True)
-class Opened:
-    """Engines, and the pipeline that they run in, which is loaded when it is first asked for.
-
-    Attributes:
-        engines: ready to run.
-    """
-
-    engines: Engines
-    _make: Callable[[], Any]
-    _pipe: Any = None
-
-    @property
-    def engine_set(self) -> EngineSet:
-        """The engine set that the engines run."""
-        return self.engines.engine_set
-
-    def pipeline(self) -> Any:
-        """Load the pipeline around the engines with `load_pipeline`, on their device."""
-        if self._pipe is None:
-            self._pipe = self._make()
-        return self._pipe
+def source_of(args: argparse.Namespace) -> ModelSource:
+    """What `--engine` and the options of the machine name."""
+    return ModelSource(
+        engine=args.engine,
+        pipeline=getattr(args, "pipeline", None),
+        device=args.device,
+        threads=args.threads,
+        verify=args.verify,
+        scheduler=getattr(args, "scheduler", None),
+        compile=args.compile,
+        cuda_graphs=args.cuda_graphs,
+    )
 
 
 def is_torch(args: argparse.Namespace) -> bool:
     """Whether `--engine` asks for the torch backend."""
-    return args.engine == TORCH and not os.path.isdir(TORCH)
+    return args.engine is not None and ModelSource(engine=args.engine).is_torch
 
 
 def open_engines(args: argparse.Namespace, terminal: Terminal) -> Opened:
@@ -155,77 +143,11 @@ def open_engines(args: argparse.Namespace, terminal: Terminal) -> Opened:
     Raises:
         UsageError, EngineSetError, DitrimError: see `load_engines`, `load_whole_pipeline`.
     """
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is imported
-    if is_torch(args):
-        pipe = _whole_pipeline(args, terminal)
-        from ditrim.engines.live import torch_engines
-
-        live = torch_engines(
-            pipe, compile="blocks" if args.compile else None, cuda_graphs=args.cuda_graphs
-        )
-        return Opened(live, lambda: pipe)
-    if args.compile or args.cuda_graphs:
-        raise UsageError(
-            f"--compile and --cuda-graphs are for --engine {TORCH}; an engine set is compiled "
-            "already: leave them out"
-        )
-    terminal.stage(f"loading {args.engine}")
-    from ditrim.engines.load import load_engines
-
-    engines = load_engines(
-        args.engine, device=args.device, threads=args.threads, verify=args.verify
-    )
-
-    def pipeline() -> Any:
-        from ditrim.runtime.editing.pipelines import (
-            component_dtype,
-            load_pipeline,
-            silence_libraries,
-        )
-
-        silence_libraries()
-        pipe = load_pipeline(
-            engines.engine_set,
-            args.pipeline,
-            dtype=component_dtype(engines),
-            scheduler=args.scheduler,
-        )
-        return pipe.to(engines.device) if engines.device.type == "cuda" else pipe
-
-    return Opened(engines, pipeline)
+    return open_model(source_of(args), terminal.stage)
 
 
-def _whole_pipeline(args: argparse.Namespace, terminal: Terminal) -> Any:
-    """Load the pipeline of `--pipeline` with its transformer, on the device of `--device`."""
-    import torch
-
-    from ditrim.runtime.editing.pipelines import load_whole_pipeline, silence_libraries
-
-    place = args.pipeline
-    if place is None:
-        raise UsageError(
-            f"--engine {TORCH} runs a pipeline's own transformer: name the pipeline with "
-            "--pipeline FOLDER|HUB-ID, or --pipeline small for the shipped editor"
-        )
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = args.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device != "cpu" and not torch.cuda.is_available():
-        raise UsageError(
-            f"--device {device}: torch {torch.__version__} sees no GPU; use --device cpu, or "
-            "install a build of torch for this GPU"
-        )
-    terminal.stage(f"loading {place}")
-    silence_libraries()
-    dtype = None if device == "cpu" else torch.bfloat16
-    scheduler = getattr(args, "scheduler", None)
-    return load_whole_pipeline(place, dtype=dtype, scheduler=scheduler).to(device)
-
-
-def check_packages(what: str, *modules: str) -> None:
+def check_packages(what: str, *modules: str, extra: str = "report") -> None:
     """Refuse what needs packages that the runtime itself does not."""
     missing = [_PACKAGES.get(name, name) for name in modules if find_spec(name) is None]
     if missing:
-        raise UsageError(f"{what} needs {' and '.join(missing)}: pip install 'ditrim[report]'")
+        raise UsageError(f"{what} needs {' and '.join(missing)}: pip install 'ditrim[{extra}]'")

@@ -1,0 +1,1 @@
+"""Serve edits over HTTP: the application and what it is made of."""
