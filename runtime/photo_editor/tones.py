@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,7 @@ Picture = npt.NDArray[np.uint8]  # (H, W, 3)
 _LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 
-def _bytes(values: npt.NDArray[np.float32]) -> Picture:
+def _bytes(values: npt.NDArray[Any]) -> Picture:
     return np.clip(np.rint(values), 0, 255).astype(np.uint8)
 
 
