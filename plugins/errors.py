@@ -29,3 +29,7 @@ class LadderError(UsageError):
 
 class BackendError(DitrimError):
     """A backend that is not installed or cannot run what was asked."""
+
+
+class DeviceError(BackendError):
+    """A device that failed while it ran: nothing that it computes can be trusted any more."""

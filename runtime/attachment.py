@@ -128,8 +128,8 @@ def _stand_in(pipe: Any) -> EngineTransformer | None:
 class _Attached:
     """What an attached pipeline does its own way; the rest is its class's.
 
-    Everything hangs on the instance, so a light copy of the pipeline with a scheduler of its own
-    (`copy.copy`) serves another thread.
+    Everything hangs on the instance, so a light copy of the pipeline (`copy.copy`) with a scheduler
+    of its own serves another thread.
     """
 
     @property
@@ -173,6 +173,12 @@ class _Attached:
     def __copy__(self) -> Any:
         other = object.__new__(type(self))
         vars(other).update(vars(self))
+        vae = vars(self).get("vae")
+        # `AutoencoderKLQwenImage` keeps the features of the picture that it is at in itself: two
+        # threads in one would mix their pictures. A copy shares the weights. Offloading's hooks
+        # know the VAE itself.
+        if vae is not None and not hasattr(vae, "_hf_hook"):
+            vars(other)["vae"] = copy.copy(vae)
         return other
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

@@ -11,15 +11,11 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageFilter
 
-Floats = npt.NDArray[np.floating[Any]]
-Picture = npt.NDArray[np.uint8]  # (H, W, 3)
-Colour = tuple[float, float, float]
+from ditrim.runtime.small_editor.drawing import Colour, Floats, Picture
 
 COLOURS: dict[str, Colour] = {
     "red": (0.84, 0.10, 0.12),

@@ -29,7 +29,7 @@ from PIL import Image
 
 from ditrim.runtime.photo_editor.drawing import COLOURS, SHAPES, Item, Picture, Scene, wall
 from ditrim.runtime.photo_editor.tones import SEASONS, TONES
-from ditrim.runtime.small_editor.scenes import EditExample
+from ditrim.runtime.small_editor.scenes import EditExample, article
 
 __all__ = [
     "CATEGORIES",
@@ -155,10 +155,6 @@ def _scene(draw: _Draw, *, main: Pair | None, num_free: int = 0) -> Scene:
     return Scene(background=_cut(draw, draw.size), items=tuple(items))
 
 
-def _article(word: str) -> str:
-    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
-
-
 def _free_cells(draw: _Draw, scene: Scene) -> list[str]:
     edge = draw.pixels(PICTURE_SIZE) // 2
     inside = [item for item in scene.items if max(abs(item.x), abs(item.y)) < edge]
@@ -218,7 +214,7 @@ def _add(draw: _Draw) -> _Edit:
     template = draw.pick(
         ("add {} {} at the {}", "put {} {} in the {} corner", "place {} {} at the {} of the photo")
     )
-    return _Edit(template.format(_article(main[0]), main[1], cell), scene, after.render)
+    return _Edit(template.format(article(main[0]), main[1], cell), scene, after.render)
 
 
 def _replace(draw: _Draw) -> _Edit:
@@ -228,7 +224,7 @@ def _replace(draw: _Draw) -> _Edit:
     item = scene.items[0]
     template = draw.pick(("replace the {} {} with {} {}", "turn the {} {} into {} {}"))
     after = scene.exchanged(item, replace(item, colour=new[0], shape=new[1]))
-    return _Edit(template.format(*old, _article(new[0]), new[1]), scene, after.render)
+    return _Edit(template.format(*old, article(new[0]), new[1]), scene, after.render)
 
 
 def _resize(draw: _Draw) -> _Edit:
@@ -273,7 +269,7 @@ def _change_background(draw: _Draw) -> _Edit:
         ("replace the background with {} wall", "put the objects in front of {} wall")
     )
     after = replace(scene, background=wall(colour, size))
-    return _Edit(template.format(_article(colour)), scene, after.render)
+    return _Edit(template.format(article(colour)), scene, after.render)
 
 
 def _shift(draw: _Draw) -> _Edit:

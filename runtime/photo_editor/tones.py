@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Picture = npt.NDArray[np.uint8]  # (H, W, 3)
+from ditrim.runtime.small_editor.drawing import Picture
+
 _LUMINANCE = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from ditrim.plugins.errors import BackendError, DitrimError
+from ditrim.plugins.errors import DeviceError, DitrimError
 
 # What torch and ONNX Runtime say where a device, not a request, is at fault.
 _DEVICE_WORDS = re.compile(
@@ -51,15 +51,23 @@ class UnknownModel(ServiceError):
     """Refuses an edit for a model that the service does not serve."""
 
 
+def is_memory_failure(error: BaseException) -> bool:
+    """Whether an error means that memory ran out, so that a smaller edit may fit."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return re.search(r"out of memory|failed to allocate memory", str(error), re.I) is not None
+
+
 def is_device_failure(error: BaseException) -> bool:
     """Whether an error means that the device cannot be trusted any more.
 
-    Memory that ran out is none: the next edit may fit.
+    Memory that ran out is none: the next edit may fit. Nor is a backend that refuses one request,
+    or that cannot load another model.
     """
-    if isinstance(error, BackendError):
-        return True
-    if type(error).__name__ == "OutOfMemoryError":
+    if is_memory_failure(error):
         return False
+    if isinstance(error, DitrimError):
+        return isinstance(error, DeviceError)
     if type(error).__name__ == "AcceleratorError":  # torch's, which tests need not have a GPU for
         return True
-    return isinstance(error, RuntimeError) and _DEVICE_WORDS.search(str(error)) is not None
+    return _DEVICE_WORDS.search(str(error)) is not None  # ONNX Runtime's are plain exceptions

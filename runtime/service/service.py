@@ -25,6 +25,7 @@ from ditrim.runtime.service.errors import (
     Unavailable,
     UnknownModel,
     is_device_failure,
+    is_memory_failure,
 )
 from ditrim.runtime.service.job import EditHandle, EditJob, EditResult, Progress
 from ditrim.runtime.service.metrics import Recorder, ServiceMetrics
@@ -341,6 +342,8 @@ class EditService:
         self._queue.append(handle)
 
     def _enter(self, state: State, reason: str) -> None:
+        if self._state == "closed":  # nothing follows, whatever a last edit ends in
+            return
         self._state, self._reason = state, reason
         self._changed.notify_all()
 
@@ -439,7 +442,7 @@ class EditService:
             self._break(f"its device failed ({error}); restart it")
         elif isinstance(error, DitrimError):
             handle.fail(error)
-        elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        elif is_memory_failure(error):
             handle.fail(
                 DitrimError("memory ran out; use a smaller picture, a smaller size or fewer steps")
             )

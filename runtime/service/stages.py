@@ -44,27 +44,24 @@ class Stages:
 
 @contextmanager
 def light_copy(pipe: Any, stages: Stages) -> Iterator[Any]:
-    """A copy of a pipeline that shares its weights and nothing that a call writes to.
-
-    The scheduler is a copy, and so is the VAE: `AutoencoderKLQwenImage` keeps the features of the
-    picture that it is at in itself, so that two threads in one would mix their pictures.
+    """A copy of an attached pipeline that shares its weights and nothing that a call writes to.
 
     Args:
-        pipe: attached or not; shared by threads.
+        pipe: attached; shared by threads.
         stages: told how long text and VAE take.
     """
     light = copy.copy(pipe)
     parts = vars(light)
     parts["scheduler"] = copy.deepcopy(parts["scheduler"])
     parts["encode_prompt"] = stages.timed("text", light.encode_prompt)
-    vae = parts["vae"]
-    if not hasattr(vae, "_hf_hook"):  # of offloading, which knows the VAE itself
-        vae = parts["vae"] = copy.copy(vae)
+    vae = parts["vae"]  # the copy's own, but with the hooks of offloading
+    if not hasattr(vae, "_hf_hook"):
         for name in ("encode", "decode"):
             vars(vae)[name] = stages.timed(f"vae_{name}", getattr(vae, name))
     try:
         yield light
     finally:  # they hold methods of their own: nothing is left for the garbage collector
         parts.clear()
-        for name in ("encode", "decode"):
-            vars(vae).pop(name, None)
+        if not hasattr(vae, "_hf_hook"):
+            for name in ("encode", "decode"):
+                vars(vae).pop(name, None)

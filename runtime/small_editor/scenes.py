@@ -47,6 +47,7 @@ __all__ = [
     "REFERENCE_SIZE",
     "EditExample",
     "Scene",
+    "article",
     "held_out_edits",
     "sample_edit",
     "training_generator",
@@ -201,7 +202,8 @@ def _scene(draw: _Draw, *, main: Pair | None, num_free: int = 0) -> Scene:
     return Scene(background=background, items=tuple(items))
 
 
-def _article(word: str) -> str:
+def article(word: str) -> str:
+    """A word with its indefinite article."""
     return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
 
@@ -243,7 +245,7 @@ def _add(draw: _Draw) -> _Edit:
     x, y = CELLS[cell]
     new = Item(shape=main[1], colour=main[0], x=x, y=y, radius=NEW_RADIUS)
     template = draw.pick(("add {} {} at the {}", "draw {} {} in the {} corner"))
-    prompt = template.format(_article(main[0]), main[1], cell)
+    prompt = template.format(article(main[0]), main[1], cell)
     return _Edit(prompt, scene, scene.with_items(*scene.items, new).render)
 
 
@@ -257,7 +259,7 @@ def _replace(draw: _Draw) -> _Edit:
     item = scene.items[0]
     template = draw.pick(("replace the {} {} with {} {}", "turn the {} {} into {} {}"))
     after = scene.exchanged(item, replace(item, colour=new[0], shape=new[1]))
-    return _Edit(template.format(*old, _article(new[0]), new[1]), scene, after.render)
+    return _Edit(template.format(*old, article(new[0]), new[1]), scene, after.render)
 
 
 def _grey(draw: _Draw) -> _Edit:
@@ -280,7 +282,7 @@ def _tint(draw: _Draw) -> _Edit:
         return np.rint(scene.render() * 0.55 + tint * 0.45).astype(np.uint8)
 
     template = draw.pick(("tint the picture {}", "give the whole picture {} tint"))
-    return _Edit(template.format(name if "whole" not in template else _article(name)), scene, after)
+    return _Edit(template.format(name if "whole" not in template else article(name)), scene, after)
 
 
 def _change_background(draw: _Draw) -> _Edit:

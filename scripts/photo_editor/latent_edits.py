@@ -28,6 +28,9 @@ LAYOUTS: tuple[tuple[float, str, dict[str, float]], ...] = (
 )
 
 
+MEMORY = 3000  # steps from which edits are drawn again
+
+
 def pack(latents: torch.Tensor) -> torch.Tensor:
     """Latents (B, c, h, w) as tokens of 2 x 2, (B, h w / 4, 4 c), as Qwen-Image packs them."""
     return torch.nn.functional.pixel_unshuffle(latents, 2).flatten(2).transpose(1, 2)
@@ -65,18 +68,22 @@ class LatentEdits:
         self.picture_size, self.fresh, self.batch_size = picture_size, fresh, batch_size
         self.tokenizer = WordTokenizer(WORDS)
         self._edits: dict[int, LatentEdit] = {}
+        self._layouts: dict[int, int] = {}
 
     def layout(self, step: int) -> int:
         """The layout of a step."""
-        rng = np.random.default_rng([self.seed, 11, self.picture_size, step])
-        return int(rng.choice(len(LAYOUTS), p=[share for share, _, _ in LAYOUTS]))
+        if step not in self._layouts:
+            rng = np.random.default_rng([self.seed, 11, self.picture_size, step])
+            shares = [share for share, _, _ in LAYOUTS]
+            self._layouts[step] = int(rng.choice(len(LAYOUTS), p=shares))
+        return self._layouts[step]
 
     def batch(self, step: int) -> list[LatentEdit]:
         """The edits of one step."""
         layout = self.layout(step)
         rng = np.random.default_rng([self.seed, 12, self.picture_size, step])
-        earlier = list(range(max(0, step - 3000), step + 1))
-        earlier = [before for before in earlier if self.layout(before) == layout]
+        steps = range(max(0, step - MEMORY), step + 1)
+        earlier = [before for before in steps if self.layout(before) == layout]
         numbers = [step * self.fresh + turn for turn in range(self.fresh)]
         while len(numbers) < self.batch_size:
             before = earlier[int(rng.integers(len(earlier)))]

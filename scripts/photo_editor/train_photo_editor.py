@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -31,6 +30,7 @@ from photographs import load_photographs
 from torch import nn
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "small_editor"))
+from checkpoint import save_checkpoint, update_average
 from trainee import RealRopeAttention
 
 from ditrim.runtime.photo_editor.vocabulary import WORDS
@@ -41,6 +41,7 @@ TRANSFORMER: dict[str, Any] = {"patch_size": 2, "in_channels": 128, "out_channel
 SIGMA_SHIFT = 2.5  # more of the high noise levels, at which the edit is decided
 EDIT_WEIGHT = 2.0  # added to 1 for a token that the edit changes whole
 WARM_UP = 60
+EMA_DECAY = 0.995
 
 
 class Trainee(nn.Module):
@@ -180,14 +181,6 @@ def rate_of(step: int, arguments: argparse.Namespace) -> float:
     return float(arguments.learning_rate * min(1.0, (step + 1) / WARM_UP, fall))
 
 
-@torch.no_grad()
-def update_average(average: Trainee, trainee: Trainee, step: int) -> None:
-    """Move the averaged weights towards the current ones."""
-    decay = min(0.995, (step + 1) / (step + 10))
-    for mean, current in zip(average.parameters(), trainee.parameters(), strict=True):
-        mean.lerp_(current, 1 - decay)
-
-
 def train(arguments: argparse.Namespace) -> Trainee:
     """Train up to `--steps`, with a checkpoint every 100 steps, and return the averaged model."""
     pictures = load_photographs(arguments.photographs, "train")
@@ -212,10 +205,14 @@ def train(arguments: argparse.Namespace) -> Trainee:
         size: LatentEdits(
             vae, pictures, seed=arguments.seed, picture_size=size, fresh=fresh, batch_size=batch
         )
-        for size, fresh, batch in ((128, 6, 24), (256, 4, 12))
+        for size, fresh, batch in (
+            (128, max(1, arguments.batch_size // 2), 2 * arguments.batch_size),
+            (256, max(1, arguments.batch_size // 3), arguments.batch_size),
+        )
     }
     began, losses = time.monotonic() - seconds, []
-    for step in range(first, arguments.steps):
+    last = min(arguments.steps, arguments.stop_after or arguments.steps)
+    for step in range(first, last):
         size = 128 if step < arguments.small_steps else 256
         edits = sources[size].batch(step if size == 128 else step - arguments.small_steps)
         rng = np.random.default_rng([arguments.seed, 13, step])
@@ -227,10 +224,10 @@ def train(arguments: argparse.Namespace) -> Trainee:
                 group["lr"] = rate_of(step, arguments)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        update_average(average, trainee, step)
+        update_average(average, trainee, step, EMA_DECAY)
         losses.append(float(loss.detach()))
         done = step + 1
-        if done % 20 == 0 or done == arguments.steps:
+        if done % 20 == 0 or done == last:
             entry = {
                 "step": done,
                 "loss": round(float(np.mean(losses)), 5),
@@ -239,7 +236,7 @@ def train(arguments: argparse.Namespace) -> Trainee:
             losses = []
             with (arguments.output / "training-log.jsonl").open("a", encoding="utf-8") as log:
                 log.write(json.dumps(entry) + "\n")
-        if done % 100 == 0 or done == arguments.steps:
+        if done % 100 == 0 or done == last:
             state = {
                 "step": done,
                 "seconds": time.monotonic() - began,
@@ -247,12 +244,12 @@ def train(arguments: argparse.Namespace) -> Trainee:
                 "average": average.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
             }
-            torch.save(state, path.with_suffix(".part"))
-            os.replace(path.with_suffix(".part"), path)
+            save_checkpoint(path, state)
     return average
 
 
-def main() -> int:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -261,10 +258,16 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("photo-out"))
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--small-steps", type=int, default=3000, help="at 128 pixels")
+    parser.add_argument("--batch-size", type=int, default=12, help="at 256 pixels; twice at 128")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
-    arguments = parser.parse_args()
+    parser.add_argument("--stop-after", type=int, metavar="N", help="end there, to resume later")
+    return parser.parse_args(argv)
+
+
+def main() -> int:
+    arguments = parse_arguments()
     arguments.output.mkdir(parents=True, exist_ok=True)
     average = train(arguments)
     average.transformer.half().save_pretrained(arguments.output / "transformer")

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,10 @@ import torch
 from diffusers import AutoencoderDC
 from photographs import Picture, load_photographs
 from PIL import Image, ImageDraw
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "small_editor"))
+from batches import as_tensor
+from checkpoint import save_checkpoint, update_average
 
 CONFIG: dict[str, Any] = {
     "in_channels": 3,
@@ -41,6 +45,7 @@ CONFIG: dict[str, Any] = {
     "upsample_block_type": "pixel_shuffle",
 }
 CROP = 96
+EMA_DECAY = 0.995
 NOISE = 0.02  # on the latents, whose power is held near one
 POWER_WEIGHT = 1e-4
 WHITENING = 0.6  # exponent: 0 leaves the components' spreads as they are, 1 makes them equal
@@ -85,11 +90,6 @@ def _with_drawing(rng: np.random.Generator, image: Image.Image) -> Image.Image:
         for part in (layer, mask)
     )
     return Image.composite(layer, image, mask)
-
-
-def as_tensor(pictures: list[Picture]) -> torch.Tensor:
-    """uint8 pictures (H, W, 3) as one tensor (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def principal_components(
@@ -237,7 +237,8 @@ def train(arguments: argparse.Namespace) -> AutoencoderDC:
         optimizer.load_state_dict(state["optimizer"])
         first, seconds = state["step"], state["seconds"]
     began, losses = time.monotonic() - seconds, []
-    for step in range(first, arguments.steps):
+    last = min(arguments.steps, arguments.stop_after or arguments.steps)
+    for step in range(first, last):
         rng = np.random.default_rng([arguments.seed, 7, step])
         batch = as_tensor([draw_crop(rng, pictures) for _ in range(arguments.batch_size)])
         for group in optimizer.param_groups:
@@ -251,13 +252,10 @@ def train(arguments: argparse.Namespace) -> AutoencoderDC:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
-        decay = min(0.995, (step + 1) / (step + 10))
-        with torch.no_grad():
-            for mean, weight in zip(average.parameters(), vae.parameters(), strict=True):
-                mean.lerp_(weight, 1 - decay)
+        update_average(average, vae, step, EMA_DECAY)
         losses.append(float(error.detach().square().mean()))
         done = step + 1
-        if done % 100 == 0 or done == arguments.steps:
+        if done % 100 == 0 or done == last:
             entry = {
                 "step": done,
                 "psnr_db": round(10 * math.log10(4 / float(np.mean(losses))), 2),
@@ -274,12 +272,12 @@ def train(arguments: argparse.Namespace) -> AutoencoderDC:
                 "average": average.state_dict(),
                 "optimizer": optimizer.state_dict(),
             }
-            torch.save(state, path.with_suffix(".part"))
-            os.replace(path.with_suffix(".part"), path)
+            save_checkpoint(path, state)
     return average
 
 
-def main() -> int:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -290,7 +288,12 @@ def main() -> int:
     parser.add_argument("--learning-rate", type=float, default=2.5e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
-    arguments = parser.parse_args()
+    parser.add_argument("--stop-after", type=int, metavar="N", help="end there, to resume later")
+    return parser.parse_args(argv)
+
+
+def main() -> int:
+    arguments = parse_arguments()
     arguments.output.mkdir(parents=True, exist_ok=True)
     vae = train(arguments).eval()
     crops = held_out_crops(load_photographs(arguments.photographs, "held-out"))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 from batches import EditBatches, TrainingConfig
+from checkpoint import save_checkpoint, update_average
 from diffusers import FlowMatchEulerDiscreteScheduler
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import load_file
@@ -85,22 +85,6 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
-
-
-def update_average(average: nn.Module, trainee: nn.Module, step: int, decay: float) -> None:
-    """Move the averaged weights toward the trained ones; faster in the first steps."""
-    share = 1 - min(decay, (1 + step) / (10 + step))
-    with torch.no_grad():
-        torch._foreach_lerp_(
-            list(average.parameters()), [w.detach() for w in trainee.parameters()], share
-        )
-
-
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write beside the target, then replace it, so that a kill leaves a whole checkpoint."""
-    beside = path.with_suffix(".partial")
-    torch.save(state, beside)
-    os.replace(beside, path)
 
 
 def load_model(folder: Path, trainee: Trainee) -> tuple[int, float, list[str]]:

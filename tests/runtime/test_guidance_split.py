@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,23 @@ from ditrim.plugins.errors import UsageError
 KINDS = ("qwen-edit", "flux-kontext")
 
 
-def edit(family: str, group: Any, *, guided: bool = True) -> tuple[torch.Tensor, list[Any]]:
+def edit(
+    family: str, group: Any, engine_set: str | None = None, *, guided: bool = True
+) -> tuple[torch.Tensor, list[Any]]:
     """A guided edit, and its steps' branches and roles."""
     pipe = tiny_pipeline(family)
     policy = ditrim.ToPi(tau=0.5, interval=3)
     with (
         small_pictures(64),
         torch.no_grad(),
-        ditrim.attach(pipe, policy=policy, guidance_group=group) as attachment,
+        ditrim.attach(pipe, engine_set, policy, guidance_group=group) as attachment,
     ):
         image = pipe(**request(family, steps=4, guided=guided)).images
         steps = [(step.branch, step.role, step.num_kept) for step in attachment.report.steps]
     return image, steps
 
 
-def work(rank: int, folder: str, paths: list[str]) -> None:
+def work(rank: int, folder: str, paths: list[str], engine_set: str) -> None:
     sys.path[:0] = paths
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
@@ -39,6 +42,7 @@ def work(rank: int, folder: str, paths: list[str]) -> None:
     )
     group = torch.distributed.group.WORLD
     found = {family: edit(family, group) for family in KINDS}
+    found["engine set"] = edit("qwen-edit", group, engine_set)
     refusals = {}
     pipe = tiny_pipeline("qwen-edit")
     for name, act in {
@@ -56,10 +60,14 @@ def work(rank: int, folder: str, paths: list[str]) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
+def test_two_processes_give_what_one_gives(
+    tmp_path: Path, tiny_engine_sets: Callable[[str], Path]
+) -> None:
+    engine_set = str(tiny_engine_sets("qwen-edit"))
     spawn = multiprocessing.get_context("spawn")
     processes = [
-        spawn.Process(target=work, args=(rank, str(tmp_path), sys.path)) for rank in range(2)
+        spawn.Process(target=work, args=(rank, str(tmp_path), sys.path, engine_set))
+        for rank in range(2)
     ]
     for process in processes:
         process.start()
@@ -67,8 +75,9 @@ def test_two_processes_give_what_one_gives(tmp_path: Path) -> None:
         process.join(timeout=200)
     assert [process.exitcode for process in processes] == [0, 0]
     made = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
-    for family in KINDS:
-        expected, steps = edit(family, None)
+    alone = {family: edit(family, None) for family in KINDS}
+    alone["engine set"] = edit("qwen-edit", None, engine_set)
+    for family, (expected, steps) in alone.items():
         assert bool(expected.isfinite().all())
         for rank, branch in enumerate(("cond", "uncond")):
             image, own = made[rank][0][family]

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ditrim.plugins.errors import BackendError
+from ditrim.plugins.errors import BackendError, DeviceError
 
 # CU_STREAM_CAPTURE_MODE_THREAD_LOCAL: other threads may allocate meanwhile.
 _THREAD_LOCAL = 1
@@ -75,7 +75,7 @@ class DriverGraph:
         """Queue the graph on a stream."""
         code = self._cuda.cuGraphLaunch(self._executable, ctypes.c_void_p(stream))
         if code:
-            raise BackendError(f"a CUDA graph could not be queued: cuGraphLaunch said {code}")
+            raise DeviceError(f"a CUDA graph could not be queued: cuGraphLaunch said {code}")
 
     def __del__(self) -> None:
         if self._executable:  # the driver lets it finish where it still runs

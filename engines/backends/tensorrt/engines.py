@@ -48,7 +48,7 @@ from ditrim.engines.forking import check_not_forked
 from ditrim.engines.sets.engine_set import EngineSet
 from ditrim.engines.sets.manifest import PlanSpec
 from ditrim.engines.sets.specs import TensorSpec
-from ditrim.plugins.errors import BackendError, UsageError
+from ditrim.plugins.errors import BackendError, DeviceError, UsageError
 from ditrim.plugins.precision import PRECISIONS
 
 logger = logging.getLogger(__name__)
@@ -286,7 +286,7 @@ class TensorRTEngines:
         with log_captured() as lines:
             is_queued = context.native.execute_async_v3(self._hardware.handle(stream))
         if not is_queued:
-            raise BackendError(
+            raise DeviceError(
                 f"{self._library.backend} could not run the {role} plan at "
                 f"{_shapes_text(context.shapes)}{said(lines)}"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from PIL import Image
 
 import ditrim
 import ditrim.plugins.errors
-from ditrim.plugins.errors import UsageError
+from ditrim.plugins.errors import BackendError, DeviceError, UsageError
 from ditrim.runtime.editing.pipelines import prepare_request, run_edit
 from ditrim.runtime.policy_text import policy_from_text
 from ditrim.runtime.service import (
@@ -202,8 +203,16 @@ class AcceleratorError(RuntimeError):
     """Named as torch's own, which cannot be had without a device."""
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        Exception("CUDA failure 700: an illegal memory access"),  # as ONNX Runtime says it
+        DeviceError("tensorrt could not run the back plan: illegal memory access"),
+    ],
+)
 def test_a_device_error_ends_its_edit_and_the_service(
-    started: Start, job: Jobs, monkeypatch: pytest.MonkeyPatch
+    started: Start, job: Jobs, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     service = started(queue_size=4)
     model = service.loaded("default")
@@ -213,7 +222,7 @@ def test_a_device_error_ends_its_edit_and_the_service(
     def broken(role: str, inputs: Any, outputs: Any) -> None:
         calls.append(role)
         if len(calls) == 4:
-            raise AcceleratorError("CUDA error: an illegal memory access was encountered")
+            raise error
         run(role, inputs, outputs)
 
     monkeypatch.setattr(model.engines, "run", broken)
@@ -227,7 +236,40 @@ def test_a_device_error_ends_its_edit_and_the_service(
         service.submit(job())
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no"), MemoryError(), KeyError("x")])
+def test_closing_while_an_edit_ends_in_a_device_error_ends_every_thread(
+    started: Start, job: Jobs, gate: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = started()
+    model = service.loaded("default")
+    assert model is not None
+    handle = service.submit(job(deadline_s=600.0), gate)
+    assert gate.reached.wait(60)
+
+    def broken(*_: Any) -> None:
+        raise AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(model.engines, "run", broken)
+    monkeypatch.setattr(handle, "check", lambda: None)  # it gets as far as the device
+    closing = threading.Thread(target=service.close, daemon=True)
+    closing.start()
+    while service.state != "closed":
+        closing.join(0.01)
+    gate.open()
+    closing.join(60)
+    assert not closing.is_alive()
+    assert service.state == "closed"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("no"),
+        MemoryError(),
+        KeyError("x"),
+        Exception("CUDA failure 2: out of memory"),  # as ONNX Runtime says it
+        BackendError("no memory for the activations of the back plan"),
+    ],
+)
 def test_another_failure_ends_its_edit_alone(
     started: Start, job: Jobs, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
