@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from ditrim.plugins.errors import DitrimError, UsageError
 from ditrim.runtime.service.errors import DeviceFailed, Unavailable
 from ditrim.runtime.service.job import EditHandle, EditJob
 from ditrim.runtime.service.service import EditService
+
+logger = logging.getLogger(__name__)
 
 _ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 _FINGERPRINT = "ditrim_edit"
@@ -86,7 +89,11 @@ def read_batch(source: Path, *, prompt: str | None, seed: int, policy: str) -> l
         UsageError: there is nothing to edit, a line is malformed, or two results have one name.
     """
     if source.is_dir():
-        files = sorted(path for path in source.iterdir() if path.suffix.lower() in _ENDINGS)
+        found = sorted(path for path in source.iterdir() if path.is_file())
+        files = [path for path in found if path.suffix.lower() in _ENDINGS]
+        if len(files) < len(found):
+            others = ", ".join(path.name for path in found if path not in files)
+            logger.warning("%s: left out, by their endings no pictures: %s", source, others)
         stems = [path.stem for path in files]
         lines = [
             (str(path), _Line(image=path.name, name=stem if stems.count(stem) == 1 else path.name))
@@ -245,7 +252,7 @@ def _fingerprint(edit: BatchEdit, facts: Any) -> str:
         "has_mask": edit.mask is not None,
         "files": [hashlib.sha256(path.read_bytes()).hexdigest() for path in files],
     }
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _check_same(target: Path, mark: str) -> None:

@@ -27,6 +27,7 @@ from ditrim.commands.editing import (
 from ditrim.plugins.errors import DitrimError, UsageError
 
 if TYPE_CHECKING:
+    from ditrim.runtime.service import EditService
     from ditrim.runtime.service.batch import BatchEdit, Failure
     from ditrim.runtime.service.job import EditJob
 
@@ -87,7 +88,7 @@ def _edit_all(args: argparse.Namespace, terminal: Terminal) -> dict[str, Any]:
                 edits,
                 output,
                 lambda edit: _job_of(edit, args),
-                facts=_facts_of(args),
+                facts=_facts_of(service, args),
                 on_done=tell,
             )
         _tell_failures(output, result.failed, len(edits), terminal)
@@ -105,14 +106,19 @@ def _job_of(edit: BatchEdit, args: argparse.Namespace) -> EditJob:
     return EditJob(edit=request, policy=edit.policy, mask=mask)
 
 
-def _facts_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What every result depends on besides its own edit."""
-    names = ("steps", "true_cfg_scale", "guidance", "negative_prompt", "size", "scheduler")
-    facts = {name: getattr(args, name) for name in (*names, "pipeline")}
-    manifest = Path(args.engine) / "manifest.json"
-    if manifest.is_file():
-        return facts | {"engine": json.loads(manifest.read_text("utf-8")).get("identity")}
-    return facts | {"engine": args.engine}
+def _facts_of(service: EditService, args: argparse.Namespace) -> dict[str, Any]:
+    """What every result depends on besides its own edit; all but VAE and text encoder by content."""
+    names = ("steps", "true_cfg_scale", "guidance", "negative_prompt", "size", "pipeline")
+    model = service.loaded(service.names[0])
+    assert model is not None
+    manifest = model.engine_set.manifest
+    # An engine set's identity holds its weights; that of a pipeline's own transformer does not.
+    weights = manifest.source.get("files") if manifest.backend == "torch" else None
+    return {name: getattr(args, name) for name in names} | {
+        "engine": manifest.identity,
+        "weights": weights,
+        "scheduler": dict(model.pipe.scheduler.config),
+    }
 
 
 def _tell_failures(output: Path, failed: Sequence[Failure], count: int, terminal: Terminal) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import ditrim
@@ -65,7 +66,7 @@ def expected_pictures(edits: Path, steps: int) -> list[np.ndarray[Any, Any]]:
 
 
 def run(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, dict[str, Any], str]:
-    code = main([*map(str, arguments), *ENGINE, "--steps", "2", "--json"])
+    code = main([*ENGINE, *map(str, arguments), "--steps", "2", "--json"])
     captured = capfd.readouterr()
     assert "Traceback" not in captured.err
     return code, json.loads(captured.out.splitlines()[-1]), captured.err
@@ -108,11 +109,13 @@ def test_what_fails_is_told_and_leaves_the_others_done(
     source = samples_folder() / "remove-source.png"
     (folder / "good.png").write_bytes(source.read_bytes())
     (folder / "bad.png").write_bytes(b"no picture")
+    (folder / "moving.gif").write_bytes(b"no ending that is read")
     arguments = [folder, "--prompt", PROMPTS[0], "--output", output]
     code, answer, told = run(capfd, *arguments)
     assert code == 1
     assert "1 of 2 edits failed (bad: picture" in answer["error"]
     assert "why it failed" in told
+    assert "left out, by their endings no pictures: moving.gif" in told
     assert json.loads((output / "failures.jsonl").read_text())["name"] == "bad"
     stamp = (output / "good.png").stat().st_mtime_ns
     (folder / "bad.png").write_bytes(source.read_bytes())
@@ -121,6 +124,25 @@ def test_what_fails_is_told_and_leaves_the_others_done(
     assert (output / "good.png").stat().st_mtime_ns == stamp
     assert not (output / "failures.jsonl").exists()
     code, answer, _ = run(capfd, *arguments, "--seed", "1")
+    assert code == 2
+    assert "is there, and of another edit" in answer["error"]
+
+
+def test_results_of_other_weights_are_not_taken_for_the_same(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pipe, folder = load_small_pipeline(), tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "a.png").write_bytes((samples_folder() / "remove-source.png").read_bytes())
+    pipe.save_pretrained(tmp_path / "model")
+    given = [folder, "--prompt", PROMPTS[0], "--output", tmp_path / "results"]
+    given += ["--pipeline", tmp_path / "model"]
+    assert run(capfd, *given)[0] == 0
+    assert run(capfd, *given)[1]["kept"] == ["a"]
+    with torch.no_grad():
+        pipe.transformer.proj_out.weight.mul_(1.01)
+    pipe.save_pretrained(tmp_path / "model")
+    code, answer, _ = run(capfd, *given)
     assert code == 2
     assert "is there, and of another edit" in answer["error"]
 
