@@ -27,8 +27,9 @@ from typing import Literal, TypeVar
 import numpy as np
 from PIL import Image
 
-from ditrim.runtime.photo_editor.drawing import COLOURS, SHAPES, Item, Picture, Scene, wall
+from ditrim.runtime.photo_editor.drawing import COLOURS, SHAPES, Item, Scene, wall
 from ditrim.runtime.photo_editor.tones import SEASONS, TONES
+from ditrim.runtime.small_editor.drawing import Picture
 from ditrim.runtime.small_editor.scenes import EditExample, article
 
 __all__ = [

@@ -107,7 +107,7 @@ def _job_of(edit: BatchEdit, args: argparse.Namespace) -> EditJob:
 
 
 def _facts_of(service: EditService, args: argparse.Namespace) -> dict[str, Any]:
-    """What every result depends on besides its own edit; all but VAE and text encoder by content."""
+    """What every result depends on besides its own edit; of VAE and text encoder the name only."""
     names = ("steps", "true_cfg_scale", "guidance", "negative_prompt", "size", "pipeline")
     model = service.loaded(service.names[0])
     assert model is not None
