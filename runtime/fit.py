@@ -283,13 +283,17 @@ def _differing(
 
 def _samples_in(found: _Weights, name: str, engine_set: EngineSet) -> Floats:
     tensor = found.tensors.get(name)
-    if tensor is None or not tensor.is_floating_point() or tensor.device.type == "meta":
+    is_plain = tensor is not None and tensor.is_floating_point() and tensor.device.type != "meta"
+    if tensor is None or not is_plain or hasattr(tensor, "__tensor_flatten__"):  # quantised
         _refuse_unreadable(name, tensor, engine_set)
     return samples_of(tensor)
 
 
 def _refuse_unreadable(name: str, tensor: Tensor | None, engine_set: EngineSet) -> NoReturn:
-    what = "is missing" if tensor is None else f"is {tensor.dtype} on {tensor.device}"
+    what = "is missing"
+    if tensor is not None:
+        kind = type(tensor).__name__ if hasattr(tensor, "__tensor_flatten__") else tensor.dtype
+        what = f"is {kind} on {tensor.device}"
     raise UsageError(
         f"the pipeline's transformer cannot be compared with the engine set: its tensor {name} "
         f"{what} (quantised or rebuilt?); attach to the pipeline as it was loaded, {_INSTEAD}"

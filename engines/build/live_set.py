@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -178,10 +179,20 @@ def describe(
 def _digest_of(transformer: Any) -> str:
     """SHA-256 over samples of the weights that can be read where they lie."""
     digest = hashlib.sha256()
-    for name, tensor in transformer.state_dict().items():
-        if tensor.is_floating_point() and tensor.device.type != "meta":
-            digest.update(name.encode() + samples_of(tensor).tobytes())
+    for name, weight in transformer.state_dict().items():
+        for part, tensor in _plain_tensors(name, weight):
+            if tensor.device.type != "meta":
+                digest.update(part.encode() + samples_of(tensor).tobytes())
     return digest.hexdigest()
+
+
+def _plain_tensors(name: str, weight: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """A weight, or what a quantised one (a tensor subclass, as of torchao) is stored in."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        yield name, weight
+        return
+    for part in weight.__tensor_flatten__()[0]:
+        yield from _plain_tensors(f"{name}.{part}", getattr(weight, part))
 
 
 def _open_ended(ladder: Ladder) -> Ladder:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ditrim.plugins import kernel
@@ -47,7 +47,7 @@ def interpreted() -> Iterator[Callable[..., Any]]:
 def inputs(
     seed: int, shape: tuple[int, int, int, int, int], dtype: torch.dtype, largest: float = 10.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
-    """Queries, keys, a bias with some -inf, and the scale that makes logits as large as asked."""
+    """Queries, keys, a bias with some -inf, and the scale that makes logits at most as asked."""
     batch, heads, rows, keys, width = shape
     random = torch.Generator().manual_seed(seed)
     q = torch.randn(batch, heads, rows, width, generator=random).to(dtype)
@@ -55,7 +55,10 @@ def inputs(
     bias = torch.randn(batch, heads, keys, generator=random) * largest / 4
     bias[torch.rand(bias.shape, generator=random) < 0.05] = -torch.inf
     products = q.double() @ k.double().transpose(-1, -2)
-    scale = largest / max(float(products.abs().max()), 1e-3) if products.numel() else 1.0
+    # A product that happens to cancel would be blown up together with the rounding of its terms:
+    # half the spread of a product is the least that is scaled up.
+    least = 0.5 * width**0.5
+    scale = largest / max(float(products.abs().max()), least) if products.numel() else 1.0
     return q, k, bias, scale
 
 
@@ -82,6 +85,7 @@ def tolerance(largest: float) -> float:
 
 @needs_triton
 @settings(max_examples=25, deadline=None)
+@example(seed=1, groups=(1, 1), lengths=(1, 1), width=240, dtype=torch.float16, largest=1.0)
 @given(
     seed=st.integers(0, 2**32 - 1),
     groups=st.tuples(st.integers(1, 2), st.integers(1, 3)),

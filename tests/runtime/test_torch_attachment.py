@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchao.quantization as torchao
 from lora_files import layers_of, random_lora, write_lora
 from tiny import FAMILY_NAMES, tiny_transformer
 from tiny_pipelines import request, small_pictures, tiny_pipeline
@@ -331,12 +332,25 @@ def test_quantised_linears_run(family: str) -> None:
         assert difference(full_context_matches(pipe, request(family)), plain) > 0
 
 
-def test_torchao_weights_run() -> None:
-    torchao = pytest.importorskip("torchao.quantization")
-    pipe = tiny_pipeline("qwen-edit")
+@pytest.mark.parametrize("family", ["qwen-edit", "flux-kontext"])
+def test_torchao_weights_run(family: str) -> None:
+    pipe = tiny_pipeline(family)
+    plain = run(pipe, request(family))
     torchao.quantize_(pipe.transformer, torchao.Int8WeightOnlyConfig())
     with attach(pipe, ditrim.FullContext()):
-        full_context_matches(pipe, request("qwen-edit"))
+        assert difference(full_context_matches(pipe, request(family)), plain) > 0
+    with attach(pipe, ditrim.ToPi(tau=0.5, interval=2)) as attachment:
+        assert bool(run(pipe, request(family)).isfinite().all())
+        assert attachment.report.kept_ratio < 1
+
+
+def test_torchao_weights_are_not_taken_for_those_of_a_set(
+    tiny_engine_sets: Callable[[str], Path],
+) -> None:
+    pipe = tiny_pipeline("qwen-edit")
+    torchao.quantize_(pipe.transformer, torchao.Int8WeightOnlyConfig())
+    with pytest.raises(UsageError, match=r"is Int8Tensor on cpu \(quantised or rebuilt\?\)"):
+        ditrim.attach(pipe, tiny_engine_sets("qwen-edit"))
 
 
 @pytest.mark.parametrize("family", ["qwen-edit-2511", "flux-kontext"])
