@@ -433,13 +433,14 @@ class EditService:
         """End an edit with what a caller can make something of."""
         if is_device_failure(error):
             logger.error("the device failed", exc_info=error)
+            # First the state: whoever has the answer may ask for the service's health at once.
+            self._break(f"its device failed ({error}); restart it")
             handle.fail(
                 DeviceFailed(
                     f"the device failed during the edit ({error}); the service takes no further "
                     "edits: restart it"
                 )
             )
-            self._break(f"its device failed ({error}); restart it")
         elif isinstance(error, DitrimError):
             handle.fail(error)
         elif is_memory_failure(error):
