@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -101,7 +102,10 @@ class EditHandle:
         self.submitted = time.monotonic()
         self.future.set_running_or_notify_cancel()  # only this handle ends it
         self._on_progress = on_progress
-        self._on_end: Callable[[], None] = lambda: None
+        self._lock = threading.Lock()
+        self._has_ended = False
+        self._before: Callable[[BaseException | None], None] = lambda error: None
+        self._after: Callable[[], None] = lambda: None
 
     def result(self, timeout: float | None = None) -> EditResult:
         """Wait for the result.
@@ -132,9 +136,15 @@ class EditHandle:
 
     # What follows is the service's.
 
-    def watch(self, on_end: Callable[[], None]) -> None:
-        """Be told when the edit has ended otherwise than by its worker."""
-        self._on_end = on_end
+    def watch(
+        self, before: Callable[[BaseException | None], None], after: Callable[[], None]
+    ) -> None:
+        """Be told of the error or none just before anybody can see the end, and just after.
+
+        What a service says of itself has to be true for whoever has an edit's answer, so it is
+        brought up to date before.
+        """
+        self._before, self._after = before, after
 
     def tell(self, progress: Progress) -> None:
         """Report progress, unless the edit has ended."""
@@ -143,19 +153,20 @@ class EditHandle:
 
     def fail(self, error: BaseException) -> bool:
         """End the edit with an error; false where it had ended."""
-        try:
-            self.future.set_exception(error)
-        except InvalidStateError:
-            return False
-        self._on_end()
-        return True
+        return self._end(error, lambda: self.future.set_exception(error))
 
     def succeed(self, result: EditResult) -> bool:
         """End the edit with a result; false where it had ended."""
-        try:
-            self.future.set_result(result)
-        except InvalidStateError:
-            return False
+        return self._end(None, lambda: self.future.set_result(result))
+
+    def _end(self, error: BaseException | None, publish: Callable[[], None]) -> bool:
+        with self._lock:
+            if self._has_ended:
+                return False
+            self._has_ended = True
+        self._before(error)
+        publish()
+        self._after()
         return True
 
     def check(self) -> None:

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
@@ -27,14 +28,12 @@ from ditrim.runtime.service.errors import (
     is_device_failure,
     is_memory_failure,
 )
-from ditrim.runtime.service.job import EditHandle, EditJob, EditResult, Progress
+from ditrim.runtime.service.job import EditHandle, EditJob, Progress
 from ditrim.runtime.service.metrics import Recorder, ServiceMetrics
 from ditrim.runtime.service.model import LoadedModel
 from ditrim.runtime.service.pool import ModelPool
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future
-
     from ditrim.runtime.editing.result_size import ResultSize
 
 logger = logging.getLogger(__name__)
@@ -109,6 +108,7 @@ class EditService:
         self._changed = threading.Condition()
         self._queue: deque[EditHandle] = deque()
         self._running: set[EditHandle] = set()
+        self._num_ending = 0  # have left both, and their ends are about to be seen
         self._deadlines: list[tuple[float, int, EditHandle]] = []
         self._numbers = itertools.count()
         self._state: State = "starting"
@@ -168,6 +168,12 @@ class EditService:
     def reason(self) -> str:
         """One sentence about a state other than "ready"."""
         return self._reason
+
+    @property
+    def status(self) -> tuple[State, str]:
+        """State and reason, of one moment."""
+        with self._changed:
+            return self._state, self._reason
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -277,7 +283,7 @@ class EditService:
         with self._changed:
             if self._state in ("starting", "ready"):
                 self._enter("draining", "it is shutting down")
-            return self._changed.wait_for(lambda: not self._queue and not self._running, timeout)
+            return self._changed.wait_for(self._is_idle, timeout)
 
     def close(self) -> None:
         """End every edit that is left, and let go of the models. A second call does nothing."""
@@ -334,8 +340,7 @@ class EditService:
 
     def _admit(self, handle: EditHandle) -> None:
         self._recorder.accept()
-        handle.watch(lambda: self._forget(handle))
-        handle.future.add_done_callback(self._count)
+        handle.watch(partial(self._note_end, handle), self._note_seen)
         limit = handle.job.deadline_s or self.options.deadline_s
         if limit is not None:
             heapq.heappush(self._deadlines, (handle.submitted + limit, next(self._numbers), handle))
@@ -349,17 +354,19 @@ class EditService:
 
     # Everything below runs in whichever thread ends an edit, or in the service's own.
 
-    def _forget(self, handle: EditHandle) -> None:
-        """Take an edit that ended out of the queue."""
-        with self._changed:
-            if handle in self._queue:
-                self._queue.remove(handle)
-            self._changed.notify_all()
-
-    def _count(self, future: Future[EditResult]) -> None:
-        error = future.exception()
+    def _note_end(self, handle: EditHandle, error: BaseException | None) -> None:
+        """Count an edit that is about to be seen to end, and free its place if it waits."""
         kinds = (name for kind, name in _OUTCOMES if isinstance(error, kind))
         self._recorder.end("ok" if error is None else next(kinds, "failed"))
+        with self._changed:
+            self._num_ending += 1
+            if handle in self._queue:
+                self._queue.remove(handle)
+
+    def _note_seen(self) -> None:
+        with self._changed:
+            self._num_ending -= 1
+            self._changed.notify_all()
 
     def _work(self) -> None:
         """Run edits until the service is closed; the first worker loads the models before."""
@@ -372,12 +379,15 @@ class EditService:
                     return
                 handle = self._queue.popleft()
                 self._running.add(handle)
-            try:
-                self._run(handle)
-            finally:
-                with self._changed:
-                    self._running.discard(handle)
-                    self._changed.notify_all()
+            end = self._run(handle)
+            with self._changed:
+                self._running.discard(handle)
+                self._num_ending += 1
+            end()
+            self._note_seen()
+
+    def _is_idle(self) -> bool:
+        return not (self._queue or self._running or self._num_ending)
 
     def _has_work(self) -> bool:
         if self._state in ("closed", "failed"):
@@ -409,7 +419,8 @@ class EditService:
         self._recorder.warm(model.name, seconds)
         logger.info("%s: %d short edits of warm-up took %.1f s", model.name, count, seconds)
 
-    def _run(self, handle: EditHandle) -> None:
+    def _run(self, handle: EditHandle) -> Callable[[], object]:
+        """Run an edit; what is returned ends it, for when its place is free again."""
         waited = time.monotonic() - handle.submitted
         self._recorder.wait(waited)
         assert handle.job.model is not None
@@ -424,32 +435,27 @@ class EditService:
                 tell(Progress(phase="started"))
                 result = model.run(prepared, tell)
         except BaseException as error:  # a worker outlives every edit
-            self._explain(handle, error)
-            return
+            return partial(handle.fail, self._explained(error))
         self._recorder.finish(result)
-        handle.succeed(replace(result, queue_seconds=waited))
+        return partial(handle.succeed, replace(result, queue_seconds=waited))
 
-    def _explain(self, handle: EditHandle, error: BaseException) -> None:
-        """End an edit with what a caller can make something of."""
+    def _explained(self, error: BaseException) -> DitrimError:
+        """What a caller can make something of; a device's failure ends the service before."""
         if is_device_failure(error):
             logger.error("the device failed", exc_info=error)
-            # First the state: whoever has the answer may ask for the service's health at once.
             self._break(f"its device failed ({error}); restart it")
-            handle.fail(
-                DeviceFailed(
-                    f"the device failed during the edit ({error}); the service takes no further "
-                    "edits: restart it"
-                )
+            return DeviceFailed(
+                f"the device failed during the edit ({error}); the service takes no further "
+                "edits: restart it"
             )
-        elif isinstance(error, DitrimError):
-            handle.fail(error)
-        elif is_memory_failure(error):
-            handle.fail(
-                DitrimError("memory ran out; use a smaller picture, a smaller size or fewer steps")
+        if isinstance(error, DitrimError):
+            return error
+        if is_memory_failure(error):
+            return DitrimError(
+                "memory ran out; use a smaller picture, a smaller size or fewer steps"
             )
-        else:
-            logger.error("an edit failed in a way that is not known", exc_info=error)
-            handle.fail(DitrimError(f"internal error: {type(error).__name__}: {error}"))
+        logger.error("an edit failed in a way that is not known", exc_info=error)
+        return DitrimError(f"internal error: {type(error).__name__}: {error}")
 
     def _break(self, reason: str, error: BaseException | None = None) -> None:
         """Take no more edits, and end those that wait."""

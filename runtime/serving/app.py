@@ -83,8 +83,8 @@ class _Server:
 
     async def health(self, request: Request) -> Response:
         """Whether edits are taken: 503 until the warm-up is over and after a device error."""
-        state = self.service.state
-        content = {"status": state} | ({"reason": self.service.reason} if state != "ready" else {})
+        state, reason = self.service.status
+        content = {"status": state} | ({"reason": reason} if state != "ready" else {})
         return JSONResponse(content, 200 if state == "ready" else 503)
 
     async def liveness(self, request: Request) -> Response:

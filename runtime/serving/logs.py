@@ -50,11 +50,18 @@ class RequestLog:
         fields: dict[str, Any] = {}
         scope["state"] = {**scope.get("state", {}), "request_id": request_id, "log": fields}
         start, status = time.perf_counter(), 499  # where the client leaves before an answer
+        path: str | None = None
+
+        def count() -> str:
+            counted: str = getattr(scope.get("route"), "path", "other")
+            self._count(counted, status)
+            return counted
 
         async def told(message: Message) -> None:
-            nonlocal status
+            nonlocal status, path
             if message["type"] == "http.response.start":
                 status = message["status"]
+                path = count()  # before the client has the answer, and may ask for the count
                 headers = [*message.get("headers", []), (b"x-request-id", request_id.encode())]
                 message = {**message, "headers": headers}
             await send(message)
@@ -62,9 +69,7 @@ class RequestLog:
         try:
             await self._app(scope, receive, told)
         finally:
-            route = scope.get("route")
-            path = getattr(route, "path", "other")
-            self._count(path, status)
+            path = path or count()
             logger.info(
                 "request",
                 extra={

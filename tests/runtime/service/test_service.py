@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ditrim.runtime.service import (
     EditService,
     ModelSource,
     QueueFull,
+    ServiceError,
     Unavailable,
     UnknownModel,
 )
@@ -234,6 +236,90 @@ def test_a_device_error_ends_its_edit_and_the_service(
     assert service.state == "failed"
     with pytest.raises(Unavailable, match="its device failed"):
         service.submit(job())
+
+
+class Seen:
+    """What a service says of itself at the moment in which an edit is seen to end."""
+
+    def __init__(self, service: EditService) -> None:
+        self._service = service
+        self.states: list[tuple[str, str]] = []
+        self.metrics: list[Any] = []
+
+    def watch(self, handle: Any) -> None:
+        # Right where whoever waits is woken: nothing of this thread can run between.
+        publish = {name: getattr(handle.future, name) for name in ("set_result", "set_exception")}
+
+        def seen(name: str, value: Any) -> None:
+            self.states.append(self._service.status)
+            self.metrics.append(self._service.metrics())
+            publish[name](value)
+
+        for name in publish:
+            setattr(handle.future, name, partial(seen, name))
+
+
+def test_whoever_has_a_device_error_finds_the_service_failed(
+    started: Start, job: Jobs, gate: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = started()
+    handles = [service.submit(job(), gate), service.submit(job())]
+    seen = Seen(service)
+    for handle in handles:
+        seen.watch(handle)
+    assert gate.reached.wait(60)
+    model = service.loaded("default")
+    assert model is not None
+
+    def broken(*_: Any) -> None:
+        raise AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(model.engines, "run", broken)
+    gate.open()
+    for handle in handles:
+        with pytest.raises(ServiceError):
+            handle.result(60)
+    assert [state for state, _ in seen.states] == ["failed"] * 2
+    assert all("its device failed" in reason for _, reason in seen.states)
+
+
+def test_whoever_has_an_answer_finds_it_counted_and_its_place_free(
+    started: Start, job: Jobs, gate: Any
+) -> None:
+    service = started(queue_size=2)
+    handles = [service.submit(job(), gate), service.submit(job()), service.submit(job())]
+    seen = Seen(service)
+    for handle in handles:
+        seen.watch(handle)
+    assert gate.reached.wait(60)
+    handles[1].cancel()
+    gate.open()
+    assert handles[0].result(60).image.size == handles[2].result(60).image.size
+    told = [(one.outcomes, one.queue_length, one.running) for one in seen.metrics]
+    assert told[0] == ({"cancelled": 1}, 1, 1)
+    assert told[1][0] == {"cancelled": 1, "ok": 1}
+    assert told[2] == ({"cancelled": 1, "ok": 2}, 0, 0)
+    assert sum(seen.metrics[2].calls_by_role.values()) == 8
+
+
+def test_draining_ends_only_when_every_end_can_be_seen(
+    started: Start, job: Jobs, gate: Any
+) -> None:
+    service = started()
+    handle = service.submit(job(), gate)
+    assert gate.reached.wait(60)
+    drained: list[bool] = []
+    publish = handle.future.set_result
+
+    def seen(result: Any) -> None:
+        drained.append(service.drain(timeout=0.05))
+        publish(result)
+
+    handle.future.set_result = seen  # type: ignore[method-assign]
+    gate.open()
+    assert handle.result(60)
+    assert drained == [False]
+    assert service.drain(60)
 
 
 def test_closing_while_an_edit_ends_in_a_device_error_ends_every_thread(
