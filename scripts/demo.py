@@ -49,7 +49,10 @@ def main() -> None:
     if args.sample not in samples:
         parser.error(f"no sample {args.sample!r}; there are: {', '.join(samples)}")
     sample, output = samples[args.sample], args.output
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"the output folder {output} cannot be made: {error.strerror}")
 
     start = time.perf_counter()
     run_command("build-engine", "--preset", "small", "--output", str(output / "engine"))

@@ -85,6 +85,14 @@ def test_environment_is_made_once_with_torch_first(checkout: Path) -> None:
     assert logged(checkout) == ["demo --output ROOT/demo-out shift"]
 
 
+def test_an_output_that_is_a_file_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    command = [sys.executable, str(ROOT / "scripts" / "demo.py"), "--output", "taken"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("folder taken cannot be made: File exists")
+
+
 def test_tests_add_their_tools_to_the_environment_of_the_demo(checkout: Path) -> None:
     run_demo(checkout)
     logged(checkout)

@@ -43,6 +43,7 @@ _OS_REMEDIES = {
     errno.EPERM: "not permitted; choose a place that you can use, or change its permissions",
     errno.ENOENT: "there is no such file or folder",
     errno.ENOTDIR: "a part of the path is a file, not a folder",
+    errno.EEXIST: "a file lies there already; choose another place",
     errno.EIO: "the disk reports an error",
 }
 

@@ -55,6 +55,7 @@ def test_success_is_0_with_one_line_of_json_last(capsys: Capture) -> None:
         (KeyboardInterrupt(), 130, "interrupted; nothing is left half done"),
         (OSError(errno.ENOSPC, "", "/a/b"), 1, "/a/b: the disk is full; free some space"),
         (OSError(errno.EROFS, "", "/a/b"), 1, "/a/b: it is on a read-only file system; choose"),
+        (OSError(errno.EEXIST, "", "/a/b"), 1, "/a/b: a file lies there already; choose another"),
         (OSError(errno.EACCES, "", "/a/b"), 1, "/a/b: permission denied; choose a place"),
         (OSError(errno.ENOENT, "", "/a/b"), 1, "/a/b: there is no such file or folder"),
         (OSError(errno.ELOOP, "too many links", "/a"), 1, "/a: too many links"),
